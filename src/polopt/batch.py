@@ -1,0 +1,488 @@
+"""`Batch`: B rows of T decisions, the one data structure of all domains, and `pool`, the one way to average over units."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from polopt.errors import CallError, MissingStatistic
+
+Tree = Any  # a tensor, or a dict of trees; only policies look inside
+How = Literal["mean", "sum", "std", "var", "max", "min", "count"]
+
+# Provenance of a decision (`Batch.source`).
+OWN, FORCED, EXPERT, REVISED, REPLAYED = range(5)
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Where training stands: `update` iterations are done, `fraction` of the budget is spent (0 to 1)."""
+
+    update: int = 0
+    fraction: float | Tensor = 0.0
+
+
+@dataclass(frozen=True)
+class Final:
+    """True last observations at cuts inside or at the end of rows: `obs[i]` follows decision `at[i] = (row, t)`."""
+
+    at: Int[Tensor, "F 2"]
+    obs: Tree
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Denominators of a whole update batch, so that micro-batch losses add up exactly to its loss.
+
+    decisions: valid decisions (mask and select); rows: rows with at least one valid decision.
+    """
+
+    decisions: Float[Tensor, ""]
+    rows: Float[Tensor, ""]
+
+    @classmethod
+    def of(cls, valid: Bool[Tensor, "B T"]) -> Totals:
+        """Count valid decisions and non-empty rows."""
+        return cls(valid.sum().float(), valid.any(1).sum().float())
+
+
+def tree_map(fn: Callable[[Tensor], Tensor], tree: Tree) -> Tree:
+    """Apply `fn` to every tensor of a tree of dicts."""
+    if tree is None:
+        return None
+    if isinstance(tree, Mapping):
+        return {k: tree_map(fn, v) for k, v in tree.items()}
+    return fn(tree)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B rows of T decisions; tensors only. A cart-pole step, a token, a turn and a joint move all fit.
+
+    mask: the policy decided this (not padding, tool text or the step of an automatic reset).
+    reward [B,T,K]: K channels that stay apart until scalarised; an outcome reward sits on its row's last decision.
+    terminated / truncated: the episode ended after this decision / was cut (its value then bootstraps).
+    group [B]: rows that belong together (completions of a prompt); ids in [0, units["group"]).
+    segment [B,T]: decisions that belong together (a turn), ids in [0,T), or None.
+    stats: `name@view`, each [B,T,...], e.g. "logp@behaviour" (the sampler's own number), "logp@old", "value@old".
+    keys: further integer unit keys [B] by name; row: further columns [B] by name.
+    obs, action, context, final: trees that only the policy reads; context entries are [B,L,...], padded on the left.
+    horizon: the most decisions that a row could have had (the generation limit), independent of padding.
+    """
+
+    mask: Bool[Tensor, "B T"]
+    reward: Float[Tensor, "B T K"] | None = None
+    terminated: Bool[Tensor, "B T"] | None = None
+    truncated: Bool[Tensor, "B T"] | None = None
+    group: Int[Tensor, " B"] | None = None
+    segment: Int[Tensor, "B T"] | None = None
+    source: Int[Tensor, "B T"] | None = None
+    version: Int[Tensor, "B T"] | None = None
+    stats: Mapping[str, Tensor] = field(default_factory=dict)
+    keys: Mapping[str, Int[Tensor, " B"]] = field(default_factory=dict)
+    row: Mapping[str, Tensor] = field(default_factory=dict)
+    obs: Tree = None
+    action: Tree = None
+    context: Mapping[str, Tree] = field(default_factory=dict)
+    final: Final | None = None
+    units: Mapping[str, int] = field(default_factory=dict)
+    horizon: int = 0
+    clock: Clock = Clock()
+
+    # ---------------------------------------------------------------- making one
+    @classmethod
+    def of(
+        cls,
+        *,
+        logp: Tensor | None = None,
+        logp_old: Tensor | None = None,
+        logp_behaviour: Tensor | None = None,
+        logp_ref: Tensor | None = None,
+        reward: Tensor | None = None,
+        group: Tensor | Sequence[int] | None = None,
+        mask: Tensor | None = None,
+        value: Tensor | None = None,
+        value_next: Tensor | None = None,
+        entropy: Tensor | None = None,
+        terminated: Tensor | None = None,
+        truncated: Tensor | None = None,
+        stats: Mapping[str, Tensor] | None = None,
+        keys: Mapping[str, Tensor] | None = None,
+        row: Mapping[str, Tensor] | None = None,
+        horizon: int | None = None,
+    ) -> Batch:
+        """Build a batch from plain [B,T] tensors, for notebooks and other trainers.
+
+        `logp`, `value` and `entropy` are those of the current policy (with gradient); a `reward` of shape [B] lands
+        on each row's last valid decision. `value` also serves as the value at the start of the update unless
+        `stats["value@old"]` is given; `value_next` is V of the next state (default: `value` shifted by one, 0 after the
+        end). With neither `terminated` nor `truncated`, each row's last valid decision is terminal. `horizon` is the
+        generation limit (default T). Raises `CallError` on shapes that do not fit.
+        """
+        named = {
+            "logp@now": logp, "logp@old": logp_old, "logp@behaviour": logp_behaviour, "logp@ref": logp_ref,
+            "value@now": value, "value_next@old": value_next, "entropy@now": entropy, **(stats or {}),
+        }  # fmt: skip
+        table = {k: torch.as_tensor(v) for k, v in named.items() if v is not None}
+        shape = _common_shape(table, mask, reward)
+        device = next((v.device for v in table.values()), torch.device("cpu"))
+        mask = torch.ones(shape, dtype=torch.bool, device=device) if mask is None else torch.as_tensor(mask).bool()
+        if tuple(mask.shape) != shape:
+            raise CallError(f"mask has shape {tuple(mask.shape)}, expected {shape} (rows x decisions) like the statistics")
+        if value is not None:
+            table.setdefault("value@old", table["value@now"].detach())
+            if "value_next@old" not in table:
+                table["value_next@old"] = next_valid(table["value@old"], mask)
+        terminated = None if terminated is None else torch.as_tensor(terminated).bool()
+        truncated = None if truncated is None else torch.as_tensor(truncated).bool()
+        if terminated is None:
+            ends = last_valid(mask)
+            terminated = ends if truncated is None else torch.zeros_like(mask)
+        batch = cls(
+            mask=mask,
+            reward=None if reward is None else place_reward(torch.as_tensor(reward), mask),
+            terminated=terminated,
+            truncated=torch.zeros_like(mask) if truncated is None else truncated,
+            stats=table,
+            row={k: torch.as_tensor(v) for k, v in (row or {}).items()},
+            horizon=shape[1] if horizon is None else horizon,
+        )
+        for name, ids in {**({"group": group} if group is not None else {}), **(keys or {})}.items():
+            batch = batch.with_key(name, torch.as_tensor(ids))
+        return batch
+
+    def with_key(self, name: str, ids: Tensor) -> Batch:
+        """Return a copy with the integer unit key `name` [B], renumbered to 0..n-1."""
+        if tuple(ids.shape) != (self.mask.shape[0],):
+            raise CallError(f"key '{name}' has shape {tuple(ids.shape)}, expected ({self.mask.shape[0]},): one id per row")
+        unique, index = torch.unique(ids, return_inverse=True)
+        units = {**self.units, name: int(unique.numel())}
+        if name == "group":
+            return replace(self, group=index.to(self.mask.device), units=units)
+        return replace(self, keys={**self.keys, name: index.to(self.mask.device)}, units=units)
+
+    def with_stats(self, **stats: Tensor) -> Batch:
+        """Return a copy with these statistics added; write `@` as two underscores (`logp__old=`)."""
+        return replace(self, stats={**self.stats, **{k.replace("__", "@"): v for k, v in stats.items()}})
+
+    def adding(self, stats: Mapping[str, Tensor]) -> Batch:
+        """Return a copy with these `name@view` statistics added."""
+        return replace(self, stats={**self.stats, **stats})
+
+    # ---------------------------------------------------------------- reading
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(B, T)."""
+        return self.mask.shape[0], self.mask.shape[1]
+
+    def stat(self, name: str) -> Tensor:
+        """The statistic `name@view`; raises `MissingStatistic` with the argument to pass when it is absent."""
+        found = self.stats.get(name)
+        if found is None:
+            raise MissingStatistic(missing_message(name))
+        return found
+
+    def outcome(self) -> Float[Tensor, " B"]:
+        """Sum of all rewards of each row over valid decisions and channels."""
+        return (self.scalar_reward() * self.mask).sum(1)
+
+    def scalar_reward(self) -> Float[Tensor, "B T"]:
+        """Rewards with channels added up."""
+        if self.reward is None:
+            raise MissingStatistic("the batch has no reward: pass reward= with shape [B], [B,T] or [B,T,K]")
+        return self.reward.sum(-1)
+
+    def lengths(self) -> Int[Tensor, " B"]:
+        """Valid decisions of each row."""
+        return self.mask.sum(1)
+
+    # ---------------------------------------------------------------- units
+    def pool(
+        self,
+        x: Tensor,
+        by: str = "row",
+        how: How = "mean",
+        *,
+        leave_one_out: bool = False,
+        ddof: int = 0,
+        valid: Bool[Tensor, "B T"] | None = None,
+    ) -> Tensor:
+        """Statistic of each unit, spread back on its members; same shape as `x`, [B,T] (decisions) or [B] (rows).
+
+        `by` is "row", "segment", "batch", "group" or a name in `keys`; units may be of unequal size. Members are valid
+        decisions (`valid`, default the mask), or for x of shape [B] the rows with a valid decision. A mean or extreme
+        without members, and a variance with at most `ddof` members, is 0. `leave_one_out` (mean and sum only) leaves
+        each member itself out. Gradients flow to the members.
+        """
+        valid = self.mask if valid is None else valid
+        rows_only = x.dim() == 1
+        if rows_only and by in ("row", "segment"):
+            raise CallError(f"pool: x of shape [B] cannot be pooled by '{by}'; pass x of shape [B,T]")
+        member = valid.any(1) if rows_only else valid
+        if by == "row":
+            return _pool_dim(x, member, how, ddof, leave_one_out, dim=1)
+        if by == "batch":
+            flat = _pool_dim(x.reshape(1, -1), member.reshape(1, -1), how, ddof, leave_one_out, dim=1)
+            return flat.reshape(x.shape)
+        unit, size = self._unit(by)
+        unit = unit if rows_only or unit.dim() == 2 else unit[:, None].expand(x.shape)
+        out = _pool_index(x.reshape(-1), member.reshape(-1), unit.reshape(-1), size, how, ddof, leave_one_out)
+        return out.reshape(x.shape)
+
+    def _unit(self, by: str) -> tuple[Tensor, int]:
+        if by == "segment":
+            if self.segment is None:
+                raise MissingStatistic("the batch has no segments: set segment= (ids of turns or chunks, [B,T])")
+            b, t = self.shape
+            return torch.arange(b, device=self.mask.device)[:, None] * t + self.segment.clamp(min=0), b * t
+        ids = self.group if by == "group" else self.keys.get(by)
+        if ids is None:
+            how = "group=" if by == "group" else f"keys={{'{by}': ...}}"
+            raise MissingStatistic(f"the batch has no '{by}' key: pass {how} (one integer per row)")
+        return ids, self.units[by]
+
+    # ---------------------------------------------------------------- cutting and joining
+    def rows(self, index: Tensor | slice) -> Batch:
+        """The batch of these rows; unit ids, horizon and clock stay; sparse `final` observations are dropped."""
+        return self._map_rows(lambda x: x[index])
+
+    def decisions(self) -> Batch:
+        """All valid decisions as rows of one decision [N,1], for policies whose decisions do not depend on each other."""
+        index = self.mask.reshape(-1).nonzero().squeeze(1)
+        t = self.shape[1]
+
+        def flat(x: Tensor) -> Tensor:
+            return x.reshape(-1, 1, *x.shape[2:])[index]
+
+        spread = {k: v[index // t] for k, v in self.keys.items()}
+        return replace(
+            self,
+            mask=flat(self.mask),
+            reward=None if self.reward is None else flat(self.reward),
+            terminated=None if self.terminated is None else flat(self.terminated),
+            truncated=None if self.truncated is None else flat(self.truncated),
+            group=None if self.group is None else self.group[index // t],
+            segment=None if self.segment is None else flat(self.segment),
+            source=None if self.source is None else flat(self.source),
+            version=None if self.version is None else flat(self.version),
+            stats={k: flat(v) for k, v in self.stats.items()},
+            keys=spread,
+            row={k: v[index // t] for k, v in self.row.items()},
+            obs=tree_map(flat, self.obs),
+            action=tree_map(flat, self.action),
+            context={},
+            final=None,
+        )
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The batch on another device."""
+        moved = self._map_rows(lambda x: x.to(device))
+        if self.final is None:
+            return moved
+        return replace(moved, final=Final(self.final.at.to(device), tree_map(lambda x: x.to(device), self.final.obs)))
+
+    def pad(self, t: int) -> Batch:
+        """Right-pad the decision axis to `t` with masked-out decisions."""
+        extra = t - self.shape[1]
+        if extra <= 0:
+            return self
+        return self._map_rows(lambda x: x, lambda x: _pad_axis(x, extra, left=False))
+
+    @classmethod
+    def cat(cls, batches: Sequence[Batch]) -> Batch:
+        """Join batches row-wise, padding decisions on the right and context on the left; groups stay distinct."""
+        if len(batches) == 1:
+            return batches[0]
+        if not batches:
+            raise CallError("cannot join an empty list of batches")
+        t = max(b.shape[1] for b in batches)
+        padded = [b.pad(t) for b in batches]
+        first = padded[0]
+
+        def join(pick: Callable[[Batch], Any]) -> Any:
+            values = [pick(b) for b in padded]
+            return None if any(v is None for v in values) else _cat_tree(values)
+
+        def units(name: str, pick: Callable[[Batch], Tensor | None]) -> Tensor | None:
+            ids, start = [], 0
+            for b in padded:
+                found = pick(b)
+                if found is None:
+                    return None
+                ids.append(found + start)
+                start += b.units[name]
+            return torch.cat(ids)
+
+        keys = {k: units(k, lambda b, k=k: b.keys.get(k)) for k in first.keys}  # type: ignore[misc]
+        return replace(
+            first,
+            mask=join(lambda b: b.mask), reward=join(lambda b: b.reward),
+            terminated=join(lambda b: b.terminated), truncated=join(lambda b: b.truncated),
+            group=units("group", lambda b: b.group), segment=join(lambda b: b.segment),
+            source=join(lambda b: b.source), version=join(lambda b: b.version),
+            stats={k: join(lambda b, k=k: b.stats[k]) for k in first.stats if all(k in b.stats for b in padded)},
+            keys={k: v for k, v in keys.items() if v is not None},
+            row={k: join(lambda b, k=k: b.row[k]) for k in first.row if all(k in b.row for b in padded)},
+            obs=join(lambda b: b.obs), action=join(lambda b: b.action),
+            context={k: _cat_left([b.context[k] for b in padded]) for k in first.context},
+            final=None,
+            units={k: sum(b.units[k] for b in padded) for k in first.units},
+            horizon=max(b.horizon for b in padded),
+        )  # fmt: skip
+
+    def _map_rows(self, fn: Callable[[Tensor], Tensor], steps: Callable[[Tensor], Tensor] | None = None) -> Batch:
+        """Apply `fn` to every row-indexed tensor; `steps` (default `fn`) to those that also have a decision axis."""
+        steps = steps or fn
+
+        def two(x: Tensor | None) -> Tensor | None:
+            return None if x is None else steps(x)
+
+        return replace(
+            self,
+            mask=steps(self.mask), reward=two(self.reward), terminated=two(self.terminated),
+            truncated=two(self.truncated), group=None if self.group is None else fn(self.group),
+            segment=two(self.segment), source=two(self.source), version=two(self.version),
+            stats={k: steps(v) for k, v in self.stats.items()},
+            keys={k: fn(v) for k, v in self.keys.items()}, row={k: fn(v) for k, v in self.row.items()},
+            obs=tree_map(steps, self.obs), action=tree_map(steps, self.action),
+            context={k: tree_map(fn, v) for k, v in self.context.items()}, final=None,
+        )  # fmt: skip
+
+
+# -------------------------------------------------------------------- helpers on [B,T] tensors
+def last_valid(mask: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
+    """True at each row's last valid decision (nowhere in an empty row)."""
+    after = mask.flip(1).long().cumsum(1).flip(1)
+    return mask & (after == 1)
+
+
+def next_valid(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    """The value of `x` at the next valid decision of the row, 0 where there is none."""
+    t = x.shape[1]
+    place = torch.where(mask, torch.arange(t, device=x.device), t)
+    upcoming = place.flip(1).cummin(1).values.flip(1)  # first valid index at or after t
+    nxt = torch.cat([upcoming[:, 1:], upcoming.new_full((x.shape[0], 1), t)], 1)
+    return torch.cat([x, x.new_zeros(x.shape[0], 1)], 1).gather(1, nxt)
+
+
+def place_reward(reward: Tensor, mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T K"]:
+    """Bring a reward of shape [B], [B,T] or [B,T,K] to [B,T,K]; a [B] reward lands on the row's last valid decision."""
+    reward = reward.to(torch.get_default_dtype()) if not reward.is_floating_point() else reward
+    b, t = mask.shape
+    if tuple(reward.shape) == (b,):
+        return (last_valid(mask) * reward[:, None])[..., None]
+    if tuple(reward.shape) == (b, t):
+        return reward[..., None]
+    if reward.dim() == 3 and tuple(reward.shape[:2]) == (b, t):
+        return reward
+    raise CallError(f"reward has shape {tuple(reward.shape)}, expected ({b},), ({b}, {t}) or ({b}, {t}, K)")
+
+
+def missing_message(name: str) -> str:
+    """What to pass so that the statistic `name@view` exists."""
+    stat, _, view = name.partition("@")
+    argument = {
+        "logp@now": "logp=", "logp@old": "logp_old=", "logp@behaviour": "logp_behaviour=", "logp@ref": "logp_ref=",
+        "value@now": "value=", "value@old": "value= or stats={'value@old': ...}", "value_next@old": "value_next=",
+        "entropy@now": "entropy=",
+    }.get(name, f"stats={{'{name}': ...}}")  # fmt: skip
+    meaning = {
+        "now": "of the current policy, with gradient", "old": "at the start of the update",
+        "ref": "of the reference policy", "behaviour": "as recorded by the sampler",
+    }.get(view, f"of view '{view}'")  # fmt: skip
+    return f"the batch lacks '{name}' ({stat} {meaning}): pass {argument} to Batch.of (it is never recomputed silently)"
+
+
+def _common_shape(table: Mapping[str, Tensor], mask: Tensor | None, reward: Tensor | None) -> tuple[int, int]:
+    shapes = {k: tuple(v.shape[:2]) for k, v in table.items()}
+    for k, v in table.items():
+        if v.dim() < 2:
+            raise CallError(f"'{k}' has shape {tuple(v.shape)}, expected [B,T] (rows x decisions)")
+    if len(set(shapes.values())) > 1:
+        raise CallError(f"statistics disagree on [B,T]: {shapes}")
+    if shapes:
+        return next(iter(shapes.values()))
+    if mask is not None:
+        b, t = torch.as_tensor(mask).shape
+        return int(b), int(t)
+    if reward is not None and torch.as_tensor(reward).dim() >= 2:
+        b, t = torch.as_tensor(reward).shape[:2]
+        return int(b), int(t)
+    raise CallError("Batch.of needs a statistic, a mask or a per-decision reward of shape [B,T]")
+
+
+def _pool_dim(x: Tensor, m: Tensor, how: str, ddof: int, loo: bool, dim: int) -> Tensor:
+    w = m.to(x.dtype)
+    n = w.sum(dim, keepdim=True)
+    if how in ("max", "min"):
+        fill = torch.finfo(x.dtype).min if how == "max" else torch.finfo(x.dtype).max
+        filled = torch.where(m, x, torch.full_like(x, fill))
+        out = filled.amax(dim, keepdim=True) if how == "max" else filled.amin(dim, keepdim=True)
+        return torch.where(n > 0, out, torch.zeros_like(out)).expand(x.shape)
+    if how == "count":
+        return n.expand(x.shape)
+    xs = torch.where(m, x, torch.zeros_like(x))
+    total = xs.sum(dim, keepdim=True)
+    return _combine(xs, w, total, n, how, ddof, loo, lambda v: v.sum(dim, keepdim=True)).expand(x.shape)
+
+
+def _pool_index(x: Tensor, m: Tensor, unit: Tensor, size: int, how: str, ddof: int, loo: bool) -> Tensor:
+    w = m.to(x.dtype)
+
+    def add(v: Tensor) -> Tensor:
+        return torch.zeros(size, dtype=v.dtype, device=v.device).index_add(0, unit, v)[unit]
+
+    if how in ("max", "min"):
+        fill = torch.finfo(x.dtype).min if how == "max" else torch.finfo(x.dtype).max
+        filled = torch.where(m, x, torch.full_like(x, fill))
+        out = torch.full((size,), fill, dtype=x.dtype, device=x.device)
+        out = out.scatter_reduce(0, unit, filled, "amax" if how == "max" else "amin")[unit]
+        return torch.where(add(w) > 0, out, torch.zeros_like(out))
+    n = add(w)
+    if how == "count":
+        return n
+    xs = torch.where(m, x, torch.zeros_like(x))
+    return _combine(xs, w, add(xs), n, how, ddof, loo, add)
+
+
+def _combine(
+    xs: Tensor, w: Tensor, total: Tensor, n: Tensor, how: str, ddof: int, loo: bool, add: Callable[[Tensor], Tensor]
+) -> Tensor:
+    if loo and how not in ("mean", "sum"):
+        raise CallError(f"pool: leave_one_out works with how='mean' or 'sum', not '{how}'")
+    if how == "sum":
+        return total - xs if loo else total
+    if how == "mean":
+        return (total - xs) / (n - w).clamp(min=1) if loo else total / n.clamp(min=1)
+    if how not in ("var", "std"):
+        raise CallError(f"pool: unknown how='{how}'; known: mean, sum, std, var, max, min, count")
+    centred = (xs - total / n.clamp(min=1)) * w  # two passes: exact for equal values up to rounding of the mean
+    var = add(centred * centred) / (n - ddof).clamp(min=1) * (n > ddof)
+    return var if how == "var" else var.sqrt()
+
+
+def _pad_axis(x: Tensor, extra: int, *, left: bool) -> Tensor:
+    spec = [0, 0] * (x.dim() - 2) + ([extra, 0] if left else [0, extra])
+    return F.pad(x, spec, value=0)
+
+
+def _cat_tree(values: Iterable[Any]) -> Any:
+    values = list(values)
+    if isinstance(values[0], Mapping):
+        return {k: _cat_tree([v[k] for v in values]) for k in values[0]}
+    return torch.cat(values)
+
+
+def _cat_left(values: list[Any]) -> Any:
+    if isinstance(values[0], Mapping):
+        return {k: _cat_left([v[k] for v in values]) for k in values[0]}
+    if values[0].dim() < 2:
+        return torch.cat(values)
+    width = max(v.shape[1] for v in values)
+    return torch.cat([_pad_axis(v, width - v.shape[1], left=True) for v in values])

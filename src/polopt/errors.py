@@ -1,0 +1,39 @@
+"""Errors that a user can act on: each names the value, where it came from and what would have been valid."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class PoloptError(Exception):
+    """A run failed for a reason that is known; the command line shows its message alone and exits with 1."""
+
+    exit_code = 1
+
+
+class CallError(PoloptError, ValueError):
+    """A call or a configuration is wrong; nothing was loaded or started. The command line exits with 2."""
+
+    exit_code = 2
+
+
+class MissingStatistic(CallError, KeyError):
+    """A statistic that a part needs is not in the batch (never recomputed silently)."""
+
+    def __str__(self) -> str:  # KeyError would print the repr
+        return str(self.args[0])
+
+
+def nearest(name: str, options: Iterable[str]) -> str:
+    """Return `, did you mean 'x'?` for the closest option, or the list of options when nothing is close."""
+    known = sorted(set(options))
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if close:
+        return f", did you mean '{close[0]}'?"
+    return f"; known: {', '.join(known)}" if known else ""
+
+
+def unknown(kind: str, name: str, options: Iterable[str]) -> CallError:
+    """An error such as `unknown method 'grop', did you mean 'grpo'?`."""
+    return CallError(f"unknown {kind} '{name}'{nearest(name, options)}")

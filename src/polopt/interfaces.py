@@ -1,0 +1,173 @@
+"""Protocols of what passes between rooms: tasks, policies, collectors, samplers' plans and requests, rules, observers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from polopt.batch import Batch, Clock
+from polopt.part import Can
+from polopt.stats import NOW, View
+
+State = dict[str, Any]  # a tree of tensors, numpy arrays, numbers, strings and lists: what a checkpoint can hold
+
+
+@dataclass(frozen=True)
+class Request:
+    """One thing to continue, `count` times: a task item (a prompt, a start seed) or, with item None, a running environment.
+
+    context replaces the item's own prompt (a hint added, say); prefix forces the beginning of the answer [L].
+    """
+
+    item: int | None = None
+    count: int = 1
+    context: Any = None
+    prefix: Tensor | None = None
+    temperature: float | None = None
+    limit: int | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the loop asks of a sampler in one iteration: `draw(n)` takes the next n items of the task's shuffled stream."""
+
+    want: int
+    draw: Callable[[int], list[int | None]]
+    clock: Clock = Clock()
+
+
+#: What a sampler returns when called: a generator that yields requests, is sent scored batches, and returns named batches.
+Sampling = Generator[Sequence[Request], Batch, dict[str, Batch]]
+
+
+class Task(Protocol):
+    """Where decisions have consequences. Constructing and checking one loads nothing heavy."""
+
+    name: str  # as given by the user, e.g. "gym:CartPole-v1"
+    domain: str  # "control" or "text": which policies and collectors serve it
+    offers: frozenset[Can]
+
+    def preset(self, method: Any) -> Mapping[str, Any]:
+        """Settings that suit this task, as dotted paths ("collect.envs"), for a method with these properties."""
+        ...
+
+
+class Policy(Protocol):
+    """Draws decisions and evaluates statistics of them."""
+
+    can: frozenset[Can]
+    rowwise: bool  # True: decisions of a row depend on each other (language models); False: any decision stands alone
+    device: torch.device
+
+    def nets(self) -> Mapping[str, nn.Module]:
+        """Trainable networks by name: "policy" and, where asked for, "value". They may share parameters."""
+        ...
+
+    def evaluate(self, batch: Batch, want: frozenset[str], view: View = NOW) -> dict[str, Tensor]:
+        """Statistics `want` (names without view) of the batch's decisions, each [B,T] or [B,T,m]; gradients only for NOW."""
+        ...
+
+    def remember(self, batch: Batch) -> None:
+        """Update what is not learned by gradient (observation statistics) after a batch was used."""
+        ...
+
+    def state(self) -> State:
+        """Everything needed to continue bit for bit, parameters included."""
+        ...
+
+    def load(self, state: State) -> None: ...
+
+    def save_pretrained(self, folder: Path) -> None: ...
+
+    def predict(self, inputs: Any, *, greedy: bool = True) -> Any:
+        """Actions for observations, or completions for prompts."""
+        ...
+
+
+class Collector(Protocol):
+    """Answers requests by acting in the task; stores the sampler's own log-probabilities as `logp@behaviour`."""
+
+    exact: bool  # False once an environment state could not be restored
+
+    def draw(self, n: int) -> list[int | None]:
+        """The next n items of the shuffled stream (None: any running environment)."""
+        ...
+
+    def answer(self, requests: Sequence[Request], *, clock: Clock) -> Batch:
+        """Act and score: rewards, ends, mask, group ids (one group per request), `keys["item"]` where items exist."""
+        ...
+
+    def evaluate(self, episodes: int) -> dict[str, float]:
+        """Scores on held-out seeds or prompts, "score" first; does not disturb training streams."""
+        ...
+
+    def report(self) -> dict[str, float]:
+        """Numbers about what was collected since the last call ("episode_return", "length", "reward/<channel>")."""
+        ...
+
+    def costs(self) -> dict[str, int]:
+        """What was spent since the last call, in the ledger's currencies."""
+        ...
+
+    def state(self) -> State: ...
+
+    def load(self, state: State) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Problem(Protocol):
+    """What the loop offers to a rule for one step: the minibatch's loss as closures over the parameters."""
+
+    parameters: Sequence[Tensor]
+    clock: Clock
+
+    def backward(self) -> dict[str, Tensor]:
+        """Zero gradients, add up those of all micro-batches, return diagnostics."""
+        ...
+
+    def value(self) -> Tensor:
+        """The loss without gradient, at the present parameters."""
+        ...
+
+    def kl(self) -> Tensor:
+        """Mean closed-form KL(old || now) with graph, over the whole update batch."""
+        ...
+
+
+class Stepper(Protocol):
+    """A rule bound to parameters; holds optimiser state."""
+
+    def step(self, problem: Problem) -> dict[str, Tensor]: ...
+
+    def state(self) -> State: ...
+
+    def load(self, state: State) -> None: ...
+
+
+@dataclass
+class Event:
+    """What observers see after each iteration; they only read."""
+
+    update: int
+    metrics: Mapping[str, float]
+    seconds: float
+    fraction: float
+    evaluated: bool = False
+    folder: Path | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Observer(Protocol):
+    """Progress displays, loggers, reports."""
+
+    def start(self, info: Mapping[str, Any]) -> None: ...
+
+    def event(self, event: Event) -> None: ...
+
+    def end(self, summary: Mapping[str, Any]) -> None: ...

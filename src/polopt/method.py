@@ -1,0 +1,282 @@
+"""`Method` and `Update`: a method is a value made of parts, written as its difference from its parent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+from torch import Generator, Tensor
+
+from polopt import objective
+from polopt.batch import Batch, Totals
+from polopt.errors import CallError, unknown
+from polopt.memory import Memory
+from polopt.part import REASONS, Can, Part, Range, check_fields, union
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+#: Slots that one update fills; an `Update` may override any of them.
+UPDATE_SLOTS = ("advantage", "select", "weight", "surrogate", "penalty", "critic", "aggregate")
+#: Slots that hold several parts.
+PLURAL = ("reward", "select", "weight", "penalty")
+SLOTS = ("sampler", "decoder", "reward", *UPDATE_SLOTS)
+
+
+@dataclass(frozen=True)
+class Update:
+    """Which terms, on which batch, move which nets, how often, by which rule. An iteration is a tuple of these.
+
+    on: the name of the batch in what the sampler returns. terms: slots whose losses are added up. minibatch counts rows
+    (decisions where the policy's decisions are independent); None is the whole batch. Any of the slots may be overridden.
+    """
+
+    name: str = "policy"
+    on: str = "policy"
+    trains: tuple[str, ...] = ("policy", "value")
+    terms: tuple[str, ...] = ("surrogate", "penalty", "critic")
+    epochs: Annotated[int, Range(ge=1), "passes over the batch"] = 1
+    minibatch: Annotated[int | None, Range(ge=1), "rows or decisions per gradient step; none: the whole batch"] = None
+    minibatches: Annotated[int | None, Range(ge=1), "gradient steps per epoch, if minibatch is not set"] = None
+    target_kl: Annotated[float | None, Range(gt=0), "stop the epochs when KL to the old policy exceeds this"] = None
+    every: Annotated[int, Range(ge=1), "run in every n-th iteration"] = 1
+    rule: Part = field(default_factory=lambda: default_rule())
+    advantage: Part | None = None
+    select: tuple[Part, ...] | None = None
+    weight: tuple[Part, ...] | None = None
+    surrogate: Part | None = None
+    penalty: tuple[Part, ...] | None = None
+    critic: Part | None = None
+    aggregate: Part | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self, f"updates.{self.name}")
+
+
+def default_rule() -> Part:
+    """Plain gradient descent with Adam, the default rule."""
+    from polopt.parts.rule.descend import Descend
+
+    return Descend()
+
+
+@dataclass(frozen=True)
+class Slots:
+    """The parts that act in one update, after its overrides."""
+
+    advantage: Part
+    select: tuple[Part, ...]
+    weight: tuple[Part, ...]
+    surrogate: Part
+    penalty: tuple[Part, ...]
+    critic: Part | None
+    aggregate: Part
+    terms: tuple[str, ...]
+
+    def acting(self) -> Iterator[tuple[str, Part]]:
+        """(slot path, part) of every part that is called in this update's loss."""
+        if "surrogate" in self.terms:
+            for slot in ("select", "weight"):
+                yield from ((f"{slot}.{p.name}", p) for p in getattr(self, slot))
+            yield "surrogate", self.surrogate
+        if "penalty" in self.terms:
+            yield from ((f"penalty.{p.name}", p) for p in self.penalty)
+        if "critic" in self.terms and self.critic is not None:
+            yield "critic", self.critic
+        yield "aggregate", self.aggregate
+
+
+@dataclass(frozen=True)
+class Method:
+    """A published (or your own) way of improving a policy: parts in slots, and updates. Made with `.but(...)`."""
+
+    name: str
+    sampler: Part
+    advantage: Part
+    surrogate: Part
+    aggregate: Part
+    decoder: Part | None = None
+    reward: tuple[Part, ...] = ()
+    select: tuple[Part, ...] = ()
+    weight: tuple[Part, ...] = ()
+    penalty: tuple[Part, ...] = ()
+    critic: Part | None = None
+    updates: tuple[Update, ...] = field(default_factory=lambda: (Update(),))
+    title: str = ""
+    paper: str = ""  # arXiv id or citation
+    year: int | None = None
+    family: str = ""
+    doc: str = ""
+    claim: str = ""
+    builds_on: tuple[str, ...] = ()
+    parent: Method | None = field(default=None, repr=False)
+    changes: tuple[str, ...] = ()  # what was replaced when it was made from its parent
+
+    # ---------------------------------------------------------------- deriving
+    def but(self, name: str, **changes: Any) -> Method:
+        """A child of this method that differs in `changes`: slots, descriptive fields, or fields of its main update.
+
+        `GRPO.but("mine", surrogate=Clip(high=0.28), epochs=2)`. Descriptive fields are not inherited. Raises
+        `CallError` for unknown names and for parts in the wrong slot.
+        """
+        own = {f.name for f in fields(self)} - {"name", "parent", "changes"}
+        inner = {f.name for f in fields(Update)} - {"name", *UPDATE_SLOTS}
+        for key in changes:
+            if key not in own | inner:
+                raise unknown(f"slot or setting in {self.name}.but(...)", key, own | inner)
+        direct = {k: v for k, v in changes.items() if k in own}
+        for slot in SLOTS:
+            if slot in direct:
+                direct[slot] = _fit(slot, direct[slot])
+        updates = tuple(direct.get("updates", self.updates))
+        nested = {k: v for k, v in changes.items() if k in inner}
+        if nested:
+            updates = (replace(updates[0], **nested), *updates[1:])
+        described = {"title": "", "paper": "", "year": None, "doc": "", "claim": "", "builds_on": (), "family": self.family}
+        child = replace(
+            self,
+            **{**described, **direct, "updates": updates},
+            name=name,
+            parent=self,
+            changes=tuple(k for k in changes if k not in described),
+        )
+        child.check()
+        return child
+
+    def set(self, path: str, value: Any) -> Method:
+        """The same method with one nested setting changed: "surrogate", "surrogate.high", "updates.critic.epochs", "epochs"."""
+        from polopt.overrides import apply_override
+
+        return apply_override(self, path, value)
+
+    # ---------------------------------------------------------------- reading
+    def update(self, name: str | None = None) -> Update:
+        """An update by name; the first one by default."""
+        if name is None:
+            return self.updates[0]
+        for u in self.updates:
+            if u.name == name:
+                return u
+        raise unknown(f"update of {self.name}", name, [u.name for u in self.updates])
+
+    def slots(self, update: Update) -> Slots:
+        """The parts acting in `update`: the method's own where the update does not override them."""
+        chosen = {s: getattr(self, s) if getattr(update, s) is None else getattr(update, s) for s in UPDATE_SLOTS}
+        return Slots(**chosen, terms=update.terms)
+
+    def parts(self) -> dict[str, Part]:
+        """Every part by slot path ("advantage", "penalty.kl", "updates.policy.rule")."""
+        found: dict[str, Part] = {}
+        for slot in SLOTS:
+            value = getattr(self, slot)
+            found |= {f"{slot}.{p.name}": p for p in value} if slot in PLURAL else ({slot: value} if value else {})
+        for u in self.updates:
+            found[f"updates.{u.name}.rule"] = u.rule
+            for slot in UPDATE_SLOTS:
+                value = getattr(u, slot)
+                if value is not None:
+                    many = value if slot in PLURAL else (value,)
+                    found |= {f"updates.{u.name}.{slot}{'.' + p.name if slot in PLURAL else ''}": p for p in many}
+        return found
+
+    def chain(self) -> list[Method]:
+        """From the root of the family to this method."""
+        return [*(self.parent.chain() if self.parent else []), self]
+
+    def needs(self, update: Update | None = None) -> frozenset[str]:
+        """Statistics `name@view` that the parts of `update` (default: all updates), rewards and advantages need."""
+        updates = self.updates if update is None else (update,)
+        acting = union(union(p.needs for _, p in self.slots(u).acting()) | u.rule.needs for u in updates)
+        before = union(p.needs for p in self.reward) | union(self.slots(u).advantage.needs for u in updates)
+        return acting | before - {"return@old"}
+
+    def requires(self) -> frozenset[Can]:
+        """Capabilities that policy and task must offer."""
+        return union(p.requires for p in self.parts().values())
+
+    def nets(self) -> frozenset[str]:
+        """Networks beyond the policy that its parts ask for ("value")."""
+        return union(p.nets for p in self.parts().values())
+
+    # ---------------------------------------------------------------- refusing
+    def check(self) -> None:
+        """Raise `CallError` if the parts cannot work together."""
+        for slot in SLOTS:
+            _fit(slot, getattr(self, slot))
+        names = [u.name for u in self.updates]
+        if not names or len(set(names)) < len(names):
+            raise CallError(f"{self.name}: updates need distinct names, got {names}")
+        for u in self.updates:
+            for term in u.terms:
+                if term not in ("surrogate", "penalty", "critic"):
+                    raise unknown(f"term of update '{u.name}'", term, ("surrogate", "penalty", "critic"))
+            for path, part in [*self.slots(u).acting(), ("rule", u.rule), ("advantage", self.slots(u).advantage)]:
+                validate = getattr(part, "validate", None)
+                if validate and (problem := validate(self, u)):
+                    raise CallError(f"{self.name}: {path} '{part.name}' in update '{u.name}': {problem}")
+
+    def refuse_unless(self, offers: Iterable[Can], what: str) -> None:
+        """Raise `CallError` with the reason when a part requires what `what` (a task with its policy) does not offer."""
+        missing = self.requires() - frozenset(offers)
+        for path, part in self.parts().items():
+            if lacking := sorted(part.requires & missing):
+                need = " and ".join(REASONS.get(c, c.value) for c in lacking)
+                raise CallError(f"{self.name} cannot run on {what}: its {path} '{part.name}' needs {need}, which {what} does not offer")
+
+    # ---------------------------------------------------------------- computing
+    def memory(self) -> Memory:
+        """Fresh memory for the parts of this method."""
+        return Memory(self.parts())
+
+    def advantages(self, batch: Batch, memory: Memory | None = None, *, update: str | None = None) -> Tensor:
+        """Advantages [B,T] of a whole batch (full groups), detached; 0 outside the mask."""
+        return objective.advantages(self, self.update(update), batch, memory or self.memory())
+
+    def totals(self, batch: Batch, memory: Memory | None = None, *, update: str | None = None) -> Totals:
+        """Denominators of the update batch `batch`, to pass to `loss` of its micro-batches."""
+        slots = self.slots(self.update(update))
+        return Totals.of(objective.valid_decisions(slots, batch, None, memory or self.memory()))
+
+    def loss(
+        self,
+        batch: Batch,
+        memory: Memory | None = None,
+        *,
+        advantage: Tensor | None = None,
+        totals: Totals | Batch | Mapping[str, Any] | None = None,
+        rng: Generator | None = None,
+        update: str | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of an update (default: the first) on `batch`, differentiable in its `@now` statistics, and diagnostics.
+
+        advantage [B,T]: given, or computed from this batch. totals: those of the whole update batch when `batch` is a
+        micro-batch of it (`Method.totals(whole)`, or the whole batch itself); micro-batch losses then add up exactly.
+        """
+        u = self.update(update)
+        memory = memory or self.memory()
+        if advantage is None and "surrogate" in u.terms:
+            advantage = self.advantages(batch, memory, update=u.name)
+        if isinstance(totals, Batch):
+            totals = self.totals(totals, memory, update=u.name)
+        elif isinstance(totals, Mapping):
+            totals = Totals(**{k: cast(Tensor, v) for k, v in totals.items()})
+        now = {k.removesuffix("@now"): v for k, v in batch.stats.items() if k.endswith("@now")}
+        return objective.loss(self, u, batch, now, advantage, totals, memory, rng)
+
+
+def _fit(slot: str, value: Any) -> Any:
+    """Bring a slot's value into its form and refuse parts of another kind."""
+    if slot in PLURAL:
+        value = tuple(value) if isinstance(value, tuple | list) else () if value is None else (value,)
+        names = [p.name for p in value if isinstance(p, Part)]
+        if len(set(names)) < len(names):
+            raise CallError(f"slot '{slot}' holds two parts of the same name: {names}")
+    for part in value if slot in PLURAL else (value,):
+        if part is None and slot in ("decoder", "critic"):
+            continue
+        if not isinstance(part, Part):
+            raise CallError(f"slot '{slot}' takes a Part, got {type(part).__name__}: {part!r}")
+        if part.kind and part.kind != slot:
+            raise CallError(f"slot '{slot}' takes a {slot}, got the {part.kind} '{part.name}'")
+    return value
