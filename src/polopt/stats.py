@@ -69,3 +69,13 @@ def split(names: Iterable[str]) -> dict[str, frozenset[str]]:
             raise CallError(f"need '{full}' has no view; write name@now, name@old, name@ref or name@behaviour")
         out.setdefault(view, set()).add(name)
     return {view: frozenset(found) for view, found in out.items()}
+
+
+#: What must be in the batch before a statistic of the present policy can be computed.
+PREREQUISITES = {"kl@now": frozenset({"dist@old"})}
+
+
+def with_prerequisites(names: Iterable[str]) -> frozenset[str]:
+    """`names` and what they build on: the KL to the old policy needs the old distribution."""
+    found = frozenset(names)
+    return found.union(*(PREREQUISITES.get(n, frozenset()) for n in found))

@@ -1,0 +1,197 @@
+"""Carries out one `Update` on a batch: epochs, minibatches, micro-batches, and the rule's steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from polopt import objective
+from polopt.batch import Batch, Clock, Totals
+from polopt.interfaces import Policy, State
+from polopt.loops.compiled import CompiledSteps, can_compile
+from polopt.loops.flat import FlatParameters
+from polopt.memory import Memory
+from polopt.method import Method, Update
+from polopt.objective import Diagnostics
+from polopt.settings import OptimSettings
+from polopt.stats import NOW, split
+
+
+def add_up(total: Diagnostics, more: Diagnostics) -> None:
+    """Add diagnostics into `total`, name by name."""
+    for k, v in more.items():
+        total[k] = total[k] + v if k in total else v
+
+
+@dataclass
+class Problem:
+    """One minibatch as the rule sees it (`polopt.interfaces.Problem`)."""
+
+    executor: Executor
+    batch: Batch
+    advantage: Tensor | None
+    clock: Clock
+    log_ratio: list[Tensor] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        e = self.executor
+        self.parameters: Sequence[Tensor] = e.parameters
+        valid = objective.valid_decisions(e.slots, self.batch, self.advantage, e.memory)
+        self.totals = Totals.of(valid)
+
+    def _micro(self) -> Iterator[tuple[Batch, Tensor | None]]:
+        n, size = self.batch.shape[0], self.executor.optim.micro
+        if size is None or size >= n or not self.executor.policy.rowwise:
+            yield self.batch, self.advantage
+            return
+        for i in range(0, n, size):
+            rows = slice(i, i + size)
+            yield self.batch.rows(rows), None if self.advantage is None else self.advantage[rows]
+
+    def _loss(self, batch: Batch, advantage: Tensor | None) -> tuple[Tensor, Diagnostics, Batch, dict[str, Tensor]]:
+        e = self.executor
+        now = e.policy.evaluate(batch, e.want, NOW)
+        if e.old_is_now:  # the only gradient step of this update: its start is now, exactly
+            batch = batch.adding({"logp@old": now["logp"].detach()})
+        loss, info = objective.loss(e.method, e.update, batch, now, advantage, self.totals, e.memory, e.rng)
+        return loss, info, batch, now
+
+    def backward(self) -> Diagnostics:
+        """Gradients of the whole minibatch, accumulated over its micro-batches, and diagnostics."""
+        self.executor.flat.grad.zero_()
+        total: Diagnostics = {}
+        self.log_ratio.clear()
+        for batch, advantage in self._micro():
+            loss, info, batch, now = self._loss(batch, advantage)
+            loss.backward()
+            add_up(total, {"loss": loss.detach(), **info})
+            if "logp" in now and "logp@old" in batch.stats:
+                self.log_ratio.append((now["logp"].detach() - batch.stats["logp@old"])[batch.mask])
+        return total
+
+    def value(self) -> Tensor:
+        """The loss without gradient."""
+        with torch.no_grad():
+            return torch.stack([self._loss(b, a)[0] for b, a in self._micro()]).sum()
+
+    def kl(self) -> Tensor:
+        """Mean KL(old || now) over valid decisions, with graph."""
+        now = self.executor.policy.evaluate(self.batch, frozenset({"kl"}), NOW)["kl"]
+        return torch.where(self.batch.mask, now, torch.zeros_like(now)).sum() / self.batch.mask.sum().clamp(min=1)
+
+
+class Executor:
+    """One update of a method, bound to a policy's parameters; owns the rule's optimiser state."""
+
+    def __init__(
+        self,
+        method: Method,
+        update: Update,
+        policy: Policy,
+        flat: FlatParameters,
+        memory: Memory,
+        optim: OptimSettings,
+        shuffle: torch.Generator,
+        rng: torch.Generator,
+        observe_minibatch: Callable[[Batch], None] | None = None,
+    ) -> None:
+        self.method, self.update, self.policy, self.flat, self.memory = method, update, policy, flat, memory
+        self.optim, self.shuffle, self.rng, self.observe_minibatch = optim, shuffle, rng, observe_minibatch
+        self.slots = method.slots(update)
+        self.parameters = flat.parameters(update.trains)
+        span = flat.span(update.trains) if getattr(update.rule, "flat", False) else None
+        self.stepper = update.rule.bind([span] if span is not None else self.parameters)  # type: ignore[attr-defined]
+        self.want = split(method.needs(update)).get("now", frozenset())
+        self.by_rows = policy.rowwise or any(p.rows for _, p in self.slots.acting())
+        self.old_is_now = False
+        self.compiled: CompiledSteps | None = None
+
+    def size(self, units: int) -> int:
+        """Rows (or decisions) per gradient step."""
+        u = self.update
+        if u.minibatch is not None:
+            return min(u.minibatch, units)
+        return -(-units // u.minibatches) if u.minibatches else units
+
+    def steps_per_batch(self, units: int) -> int:
+        """Gradient steps that one batch of `units` rows or decisions gives."""
+        return self.update.epochs * -(-units // self.size(units))
+
+    def single_step(self, units: int) -> bool:
+        """Whether the start of the update and the only gradient step coincide."""
+        return self.steps_per_batch(units) == 1
+
+    def prepare(self, batch: Batch, advantage: Tensor | None) -> tuple[Batch, Tensor | None]:
+        """Rows for minibatches: single decisions where the policy and all parts allow it."""
+        if self.by_rows:
+            return batch, advantage
+        if advantage is not None:
+            batch = batch.adding({"advantage": advantage})
+        flat = batch.decisions()
+        return flat, None if advantage is None else flat.stats["advantage"]
+
+    def run(self, batch: Batch, advantage: Tensor | None, clock: Clock, *, compiled: bool) -> Diagnostics:
+        """Make all steps of this update on `batch`; diagnostics are means over steps, ratio quantiles of the last epoch."""
+        batch, advantage = self.prepare(batch, advantage)
+        units = batch.shape[0]
+        if units == 0:
+            return {"empty_batch": torch.ones(())}
+        size = self.size(units)
+        self.old_is_now = "logp@old" not in batch.stats and self.single_step(units)
+        if compiled and can_compile(self):
+            if self.compiled is None:
+                self.compiled = CompiledSteps(self)
+            return self.compiled.run(batch, advantage, clock, size)
+        total: Diagnostics = {}
+        ratios: list[Tensor] = []
+        steps = 0
+        for epoch in range(self.update.epochs):
+            ratios.clear()
+            spent = torch.zeros(())
+            for part, adv in self._minibatches(batch, advantage, size):
+                problem = Problem(self, part, adv, clock)
+                info = self.stepper.step(problem)
+                add_up(total, info)
+                ratios += problem.log_ratio
+                spent = spent + info.get("kl_old", spent)
+                steps += 1
+                if self.observe_minibatch:
+                    self.observe_minibatch(part)
+            if self.update.target_kl is not None and float(spent) * size / units > self.update.target_kl:
+                break
+        total = {k: v / steps for k, v in total.items()}
+        return {**total, **quantiles(ratios), "epochs": torch.tensor(float(epoch + 1))}
+
+    def _minibatches(self, batch: Batch, advantage: Tensor | None, size: int) -> Iterator[tuple[Batch, Tensor | None]]:
+        units = batch.shape[0]
+        if size >= units:
+            yield batch, advantage
+            return
+        order = torch.randperm(units, generator=self.shuffle).to(batch.mask.device)
+        for i in range(0, units, size):
+            index = order[i : i + size]
+            yield batch.rows(index), None if advantage is None else advantage[index]
+
+    def state(self) -> State:
+        """Optimiser state."""
+        return self.stepper.state()  # type: ignore[no-any-return]
+
+    def load(self, state: State) -> None:
+        """Restore from `state()`."""
+        self.stepper.load(state)
+
+
+def quantiles(log_ratio: list[Tensor]) -> Diagnostics:
+    """1, 50 and 99 % quantiles and maximum of the probability ratio now / old."""
+    if not log_ratio:
+        return {}
+    x = torch.cat([r.reshape(-1) for r in log_ratio])
+    if x.numel() == 0:
+        return {}
+    if x.numel() > 1_000_000:  # torch.quantile sorts everything and refuses more than 16 M elements
+        x = x[:: x.numel() // 1_000_000 + 1]
+    q = torch.quantile(x.float(), torch.tensor([0.01, 0.5, 0.99, 1.0], device=x.device)).exp()
+    return dict(zip(("ratio_q01", "ratio_q50", "ratio_q99", "ratio_max"), q, strict=True))

@@ -1,0 +1,404 @@
+"""The loop `improve`: collect, weigh, update, remember, evaluate, save. It knows no paper and no domain."""
+
+from __future__ import annotations
+
+import json
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from polopt import objective
+from polopt.batch import Batch, Clock
+from polopt.errors import PoloptError
+from polopt.interfaces import Event, Observer, Plan, State, Task
+from polopt.loops.build import make_collector, make_policy
+from polopt.loops.executor import Executor
+from polopt.loops.flat import FlatParameters
+from polopt.loops.plan import compile_from
+from polopt.method import Method, Update
+from polopt.part import Moment, call
+from polopt.run import Budget, Ledger, RunFolder, Streams, environment, finite, peak_rss
+from polopt.settings import Settings
+from polopt.stats import VIEWS, split, with_prerequisites
+
+Metrics = dict[str, float]
+
+
+class Improve:
+    """A run that can be stepped, saved and resumed."""
+
+    def __init__(
+        self,
+        method: Method,
+        task: Task,
+        settings: Settings,
+        *,
+        folder: RunFolder | None = None,
+        observers: Sequence[Observer] = (),
+    ) -> None:
+        method.check()
+        method.refuse_unless(task.offers, task.name)
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+        self.method, self.task, self.settings, self.folder, self.observers = method, task, settings, folder, observers
+        self.budget = Budget.parse(settings.budget)
+        self.streams, self.ledger, self.memory = Streams(settings.seed), Ledger(), method.memory()
+        self.policy = make_policy(task, method, settings)
+        self.flat = FlatParameters(self.policy.nets())
+        self.collector = make_collector(task, self.policy, method, settings)
+        minibatch = any("minibatch" in p.moments for p in method.parts().values())
+        self.executors = {
+            u.name: Executor(
+                method, u, self.policy, self.flat, self.memory, settings.optim,
+                self.streams.torch("minibatch"), self.streams.torch("parts"),
+                (lambda b: self.observe("minibatch", b)) if minibatch else None,
+            )
+            for u in method.updates
+        }  # fmt: skip
+        self.compile_from = compile_from(settings, self.executors.values(), self.budget)
+        self.updates = 0
+        self.seconds = 0.0
+        self.scores: dict[str, float] = {}
+        self.stop: str | None = None
+        self._lines: list[str] = []
+        self._saved_at = (0, time.monotonic())
+
+    # ---------------------------------------------------------------- one iteration
+    def step(self) -> Metrics:
+        """One iteration: collect, fill statistics, weigh, update, remember. Returns its metrics."""
+        start = time.perf_counter()
+        clock = Clock(self.updates, min(1.0, self.fraction()))
+        batches = self.collect(clock)
+        collected = time.perf_counter()
+        self.ledger.charge(self.collector.costs())
+        info: dict[str, Tensor] = {}
+        for update in self.method.updates:
+            if self.updates % update.every or update.on not in batches:
+                continue
+            many = len(self.method.updates) > 1
+            found = self.improve_by(update, batches[update.on], clock)
+            info |= {f"{update.name}/{k}" if many and k in info else k: v for k, v in found.items()}
+        main = next(iter(batches.values()))
+        self.policy.remember(main)
+        self.after_updates(main)
+        self.updates += 1
+        done = time.perf_counter()
+        self.seconds += done - start
+        return {
+            "update": self.updates,
+            **self.ledger.spent,
+            "seconds": self.seconds,
+            **self.collector.report(),
+            **to_floats(info),
+            "seconds_collect": collected - start,
+            "seconds_update": done - collected,
+        }
+
+    def collect(self, clock: Clock) -> dict[str, Batch]:
+        """Drive the sampler: answer its requests until it returns named batches."""
+        plan = Plan(self.collector.want, self.collector.draw, clock)
+        sampling = call(self.method.sampler, plan=plan, memory=self.memory.of("sampler"))
+        answer: Batch | None = None
+        while True:
+            try:
+                requests = sampling.send(answer) if answer is not None else next(sampling)
+            except StopIteration as stop:
+                batches: dict[str, Batch] = stop.value
+                break
+            answer = self.collector.answer(requests, clock=clock)
+        batches = {k: replace(b, clock=clock) for k, b in batches.items()}
+        for batch in batches.values():
+            self.observe("drawn", batch)
+        return batches
+
+    def improve_by(self, update: Update, batch: Batch, clock: Clock) -> dict[str, Tensor]:
+        """Statistics, advantages and returns of the whole batch, then the steps of one update."""
+        executor = self.executors[update.name]
+        needs = with_prerequisites(self.method.needs(update))
+        batch = self.fill(batch, needs, lazily=executor)
+        info: dict[str, Tensor] = {}
+        advantage = objective.advantages(self.method, update, batch, self.memory) if "surrogate" in update.terms else None
+        if "critic" in update.terms and executor.slots.critic is not None:
+            batch = batch.adding({"return@old": objective.returns(self.method, update, batch, self.memory)})
+            info["explained_variance"] = explained_variance(batch)
+        self.observe("scored", batch)
+        if advantage is not None:
+            info |= signal(batch, advantage)
+        for view in ("behaviour", "old"):
+            if f"entropy@{view}" in batch.stats and "entropy" not in info:
+                info["entropy"] = batch.pool(batch.stats[f"entropy@{view}"], by="batch").flatten()[0]
+        compiled = self.compile_from is not None and self.updates >= self.compile_from
+        return {**info, **executor.run(batch, advantage, clock, compiled=compiled)}
+
+    def fill(self, batch: Batch, needs: frozenset[str], lazily: Executor | None = None) -> Batch:
+        """Compute the statistics that parts need at the views old and ref, each view in one pass.
+
+        What the collector recorded stays as it is. `logp@old` is left to the gradient step where that is the update's only
+        one and nothing before it reads it: old and now then coincide, and the pass is saved.
+        """
+        for view, names in split(needs).items():
+            if view not in ("old", "ref"):
+                continue
+            missing = frozenset(n for n in names if f"{n}@{view}" not in batch.stats) - {"return"}
+            if view == "old" and lazily and self._logp_can_wait(lazily, batch):
+                missing -= {"logp"}
+            if view == "old" and not self.policy.rowwise and missing:
+                missing |= {"entropy"}
+            if missing:
+                found = self._evaluate(batch, missing, view)
+                batch = batch.adding({f"{n}@{view}": v for n, v in found.items()})
+        return batch
+
+    def _logp_can_wait(self, executor: Executor, batch: Batch) -> bool:
+        early = [*self.method.reward, executor.slots.advantage, *self.method.slots(executor.update).select]
+        units = batch.shape[0] if executor.by_rows else int(batch.mask.sum())
+        return executor.single_step(units) and not any("logp@old" in p.needs for p in early)
+
+    def _evaluate(self, batch: Batch, names: frozenset[str], view: str) -> dict[str, Tensor]:
+        size = self.settings.optim.micro
+        self.charge_pass(batch)
+        with torch.no_grad():
+            if size is None or size >= batch.shape[0] or not self.policy.rowwise:
+                return self.policy.evaluate(batch, names, VIEWS[view])
+            parts = [
+                self.policy.evaluate(batch.rows(slice(i, i + size)), names, VIEWS[view]) for i in range(0, batch.shape[0], size)
+            ]
+            return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
+
+    def charge_pass(self, batch: Batch, times: int = 1) -> None:
+        """Charge the tokens that a policy processes when it evaluates `batch`; control policies process none."""
+        count = getattr(self.policy, "tokens", None)
+        if count is not None:
+            self.ledger.charge({"tokens": times * count(batch)})
+
+    def after_updates(self, batch: Batch) -> None:
+        """The moment "stepped", with statistics of the policy after its updates where a part needs them."""
+        names = split(self.method.needs()).get("stepped", frozenset())
+        if names:
+            found = self._evaluate(batch, names, "now")
+            batch = batch.adding({f"{n}@stepped": v for n, v in found.items()})
+            batch = self.fill(batch, frozenset({f"{n}@old" for n in names if f"{n}@old" in batch.stats}))
+        self.observe("stepped", batch)
+
+    def observe(self, moment: Moment, batch: Batch) -> None:
+        """Let parts write their memory; each reads its old entries and returns new ones."""
+        for slot, part in self.method.parts().items():
+            if moment in part.moments:
+                self.memory.write(slot, part.observe(moment, batch=batch, memory=self.memory.of(slot)))
+
+    # ---------------------------------------------------------------- the whole run
+    def fraction(self) -> float:
+        """Share of the budget that is spent."""
+        return self.budget.fraction(self.updates, self.seconds, self.ledger)
+
+    def run(self) -> dict[str, Any]:
+        """Train until the budget is spent or `stop` is set; returns the summary, which also lies in the run folder."""
+        for o in self.observers:
+            o.start(self.describe())
+        try:
+            if self.updates == 0:
+                self.evaluate()
+                self.save()
+            while self.fraction() < 1 and self.stop is None:
+                metrics = self.step()
+                every = self.settings.evaluate.every
+                finished = self.fraction() >= 1
+                if finished or (every and self.updates % every == 0):
+                    metrics |= {f"eval_{k}": v for k, v in self.evaluate().items()}
+                self.record(metrics, finished)
+            status = "done" if self.fraction() >= 1 else "interrupted"
+            self.save()
+            if self.folder is not None:
+                self.policy.save_pretrained(self.folder.path / "policy")
+        except BaseException as error:
+            self.fail(error)
+            raise
+        finally:
+            self.collector.close()
+        return self.finish(status)
+
+    def record(self, metrics: Metrics, finished: bool) -> None:
+        """Write metrics, tell observers, save when it is time."""
+        if self.folder is not None:
+            self._lines.append(json.dumps(finite({k: _tidy(v) for k, v in metrics.items()})))
+        event = Event(
+            self.updates, metrics, self.seconds, min(1.0, self.fraction()), "eval_score" in metrics,
+            self.folder.path if self.folder else None,
+        )  # fmt: skip
+        for o in self.observers:
+            o.event(event)
+        update, when = self._saved_at
+        every, now = self.settings.checkpoint.every, time.monotonic()
+        if (every and self.updates - update >= every) or now - when >= self.settings.checkpoint.seconds:
+            self.save()
+        elif len(self._lines) >= 256 or now - when >= 1.0:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write buffered metrics lines."""
+        if self.folder is not None and self._lines:
+            self.folder.append_metrics(self._lines)
+            self._lines.clear()
+
+    def evaluate(self) -> dict[str, float]:
+        """Score on held-out seeds or prompts; the best checkpoint is kept."""
+        found = self.collector.evaluate(self.settings.evaluate.episodes)
+        score = found["score"]
+        self.scores.setdefault("initial", score)
+        self.scores["last"] = score
+        for slot, part in self.method.parts().items():
+            if "evaluated" in part.moments:
+                entries = {k: torch.tensor(v) for k, v in found.items()}
+                self.memory.write(slot, part.observe("evaluated", batch=entries, memory=self.memory.of(slot)))
+        if score > self.scores.get("best", float("-inf")):
+            self.scores["best"] = score
+            if self.folder is not None and self.updates:
+                self.save()
+                self.folder.mark_best(self.updates, score)
+        return found
+
+    # ---------------------------------------------------------------- saving
+    def state(self) -> State:
+        """The checkpoint tree."""
+        return {
+            "method": self.method.name,
+            "task": self.task.name,
+            "policy": self.policy.state(),
+            "updates": {k: e.state() for k, e in self.executors.items()},
+            "memory": self.memory.state(),
+            "streams": self.streams.state(),
+            "collector": self.collector.state(),
+            "clock": {"updates": self.updates, "seconds": self.seconds, "spent": dict(self.ledger.spent)},
+            "scores": dict(self.scores),
+            "compile_from": self.compile_from,
+        }
+
+    def load(self, state: State) -> None:
+        """Continue from a checkpoint tree; one of another method or task is refused."""
+        for field, mine in (("method", self.method.name), ("task", self.task.name)):
+            if state[field] != mine:
+                raise PoloptError(f"the checkpoint was written by {field} '{state[field]}', this run has {field} '{mine}'")
+        try:
+            self.policy.load(state["policy"])
+            for name, executor in self.executors.items():
+                executor.load(state["updates"][name])
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise PoloptError(f"the checkpoint does not fit this policy: {error}") from error
+        self.memory.load(state["memory"])
+        self.streams.load(state["streams"])
+        self.collector.load(state["collector"])
+        self.updates, self.seconds = state["clock"]["updates"], state["clock"]["seconds"]
+        self.ledger.spent = dict(state["clock"]["spent"])
+        self.scores = dict(state["scores"])
+        self.compile_from = state["compile_from"]
+        self._saved_at = (self.updates, time.monotonic())
+        if not self.flat.tied():
+            raise PoloptError("loading replaced parameters instead of filling them; the policy's load() must copy in place")
+
+    def save(self) -> None:
+        """Write a checkpoint, unless the present update already has one."""
+        if self.folder is None:
+            return
+        self.flush()
+        tree = self.state()
+        tree["metrics_bytes"] = self.folder.metrics_path.stat().st_size if self.folder.metrics_path.exists() else 0
+        self.folder.save_checkpoint(self.updates, tree, self.settings.checkpoint.keep)
+        self._saved_at = (self.updates, time.monotonic())
+
+    def resume(self) -> None:
+        """Load the newest checkpoint of the run folder and forget metrics that were written after it."""
+        if self.folder is None:
+            raise PoloptError("this run has no folder to resume from")
+        state = self.folder.load_checkpoint("last")
+        self.load(state)
+        self.folder.cut_metrics(state["metrics_bytes"])
+
+    # ---------------------------------------------------------------- reporting
+    def describe(self) -> dict[str, Any]:
+        """What observers are told at the start."""
+        return {
+            "method": self.method.name,
+            "task": self.task.name,
+            "seed": self.settings.seed,
+            "budget": str(self.budget),
+            "updates": self.updates,
+            "fraction": self.fraction(),
+            "parameters": sum(p.numel() for net in self.policy.nets().values() for p in net.parameters()),
+            "eval_score": self.scores.get("last"),
+            "folder": str(self.folder.path) if self.folder else None,
+        }
+
+    def summary(self, status: str) -> dict[str, Any]:
+        """The content of summary.json."""
+        return {
+            "method": self.method.name,
+            "task": self.task.name,
+            "seed": self.settings.seed,
+            "status": status,
+            "updates": self.updates,
+            **self.ledger.spent,
+            "seconds": self.seconds,
+            "eval_score_initial": self.scores.get("initial"),
+            "eval_score": self.scores.get("last"),
+            "eval_score_best": self.scores.get("best"),
+            "exact_resume": self.collector.exact,
+            "peak_rss": peak_rss(),
+            "versions": environment(),
+        }
+
+    def finish(self, status: str) -> dict[str, Any]:
+        """Write summary.json and tell observers."""
+        found = self.summary(status)
+        if self.folder is not None:
+            self.folder.write_json("summary.json", found)
+        for o in self.observers:
+            o.end(found)
+        return found
+
+    def fail(self, error: BaseException) -> None:
+        """Record a failure; the last checkpoint stays as it was. A second failure while doing so is not raised."""
+        try:
+            self.flush()
+            if self.folder is not None:
+                self.folder.write_text("error.txt", "".join(traceback.format_exception(error)))
+            self.finish("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+        except OSError:  # a full disk must not hide the first error
+            return
+
+
+# -------------------------------------------------------------------- helpers
+def explained_variance(batch: Batch) -> Tensor:
+    """1 - Var(return - value) / Var(return) over valid decisions; 0 when returns do not vary."""
+    target, value = batch.stats["return@old"], batch.stats["value@old"]
+    total = batch.pool(target, by="batch", how="var").flatten()[0]
+    rest = batch.pool(target - value, by="batch", how="var").flatten()[0]
+    return torch.where(total > 0, 1 - rest / total.clamp(min=1e-12), torch.zeros_like(total))
+
+
+def signal(batch: Batch, advantage: Tensor) -> dict[str, Tensor]:
+    """Share of groups without any nonzero advantage (dead groups), where rows come in groups."""
+    if batch.group is None or batch.units["group"] >= batch.shape[0]:
+        return {}
+    size = advantage.abs() if advantage.dim() == 2 else advantage.abs().amax(-1)
+    alive = torch.zeros(batch.units["group"], device=size.device).index_reduce(
+        0, batch.group, (size * batch.mask).amax(1), "amax"
+    )
+    present = torch.zeros_like(alive).index_fill(0, batch.group, 1.0)
+    return {"dead_groups": ((alive == 0) & (present > 0)).sum() / present.sum().clamp(min=1)}
+
+
+def to_floats(info: Mapping[str, Tensor]) -> Metrics:
+    """All diagnostics as floats, with one transfer from the device."""
+    if not info:
+        return {}
+    values = torch.stack([torch.as_tensor(v).detach().float().reshape(()) for v in info.values()]).tolist()
+    return dict(zip(info, values, strict=True))
+
+
+def _tidy(value: float) -> float:
+    return value if isinstance(value, int) else float(f"{value:.8g}")
