@@ -93,7 +93,7 @@ class Batch:
     final: Final | None = None
     units: Mapping[str, int] = field(default_factory=dict)
     horizon: int = 0
-    clock: Clock = Clock()
+    clock: Clock = field(default_factory=Clock)
 
     # ---------------------------------------------------------------- making one
     @classmethod

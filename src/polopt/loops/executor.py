@@ -142,28 +142,40 @@ class Executor:
         size = self.size(units)
         self.old_is_now = "logp@old" not in batch.stats and self.single_step(units)
         if compiled and can_compile(self):
-            if self.compiled is None:
-                self.compiled = CompiledSteps(self)
-            return self.compiled.run(batch, advantage, clock, size)
+            self.compiled = self.compiled or CompiledSteps(self)
+            total, ratios, steps, epochs = self.compiled.run(batch, advantage, clock, size, lambda b, a: self._step(b, a, clock))
+        else:
+            total, ratios, steps, epochs = self._eager(batch, advantage, clock, size)
+        means = {k: v / steps for k, v in total.items()}
+        return {**means, **quantiles(ratios), "epochs": torch.tensor(float(epochs))}
+
+    def _eager(
+        self, batch: Batch, advantage: Tensor | None, clock: Clock, size: int
+    ) -> tuple[Diagnostics, list[Tensor], int, int]:
+        """All steps one by one: sums of diagnostics, log-ratios of the last epoch, steps and epochs made."""
         total: Diagnostics = {}
         ratios: list[Tensor] = []
         steps = 0
         for epoch in range(self.update.epochs):
             ratios.clear()
-            spent = torch.zeros(())
+            kl, inside = torch.zeros(()), 0
             for part, adv in self._minibatches(batch, advantage, size):
-                problem = Problem(self, part, adv, clock)
-                info = self.stepper.step(problem)
+                info, log_ratio = self._step(part, adv, clock)
                 add_up(total, info)
-                ratios += problem.log_ratio
-                spent = spent + info.get("kl_old", spent)
-                steps += 1
+                ratios += log_ratio
+                kl = kl + info.get("kl_old", torch.zeros(()))
+                inside += 1
                 if self.observe_minibatch:
                     self.observe_minibatch(part)
-            if self.update.target_kl is not None and float(spent) * size / units > self.update.target_kl:
+            steps += inside
+            if self.update.target_kl is not None and float(kl) / inside > self.update.target_kl:
                 break
-        total = {k: v / steps for k, v in total.items()}
-        return {**total, **quantiles(ratios), "epochs": torch.tensor(float(epoch + 1))}
+        return total, ratios, steps, epoch + 1
+
+    def _step(self, batch: Batch, advantage: Tensor | None, clock: Clock) -> tuple[Diagnostics, list[Tensor]]:
+        problem = Problem(self, batch, advantage, clock)
+        info = self.stepper.step(problem)
+        return info, problem.log_ratio
 
     def _minibatches(self, batch: Batch, advantage: Tensor | None, size: int) -> Iterator[tuple[Batch, Tensor | None]]:
         units = batch.shape[0]
