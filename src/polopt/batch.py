@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 import torch
@@ -335,6 +335,17 @@ class Batch:
             units={k: sum(b.units[k] for b in padded) for k in first.units},
             horizon=max(b.horizon for b in padded),
         )  # fmt: skip
+
+    # ---------------------------------------------------------------- keeping
+    def tree(self) -> dict[str, Any]:
+        """The batch as a tree that a checkpoint can hold; `from_tree` reads it back."""
+        kept = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("final", "clock")}
+        return {k: dict(v) if isinstance(v, Mapping) else v for k, v in kept.items() if v is not None}
+
+    @classmethod
+    def from_tree(cls, tree: Mapping[str, Any]) -> Batch:
+        """The batch that `tree()` described, without its sparse final observations and clock."""
+        return cls(**tree)
 
     def _map_rows(self, fn: Callable[[Tensor], Tensor], steps: Callable[[Tensor], Tensor] | None = None) -> Batch:
         """Apply `fn` to every row-indexed tensor; `steps` (default `fn`) to those that also have a decision axis."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 UPDATE_SLOTS = ("advantage", "select", "weight", "surrogate", "penalty", "critic", "aggregate")
 #: Slots that hold several parts.
 PLURAL = ("reward", "select", "weight", "penalty")
-SLOTS = ("sampler", "decoder", "reward", *UPDATE_SLOTS)
+SLOTS = ("sampler", "decoder", "source", "reward", *UPDATE_SLOTS)
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,13 @@ def default_rule() -> Part:
     return Descend()
 
 
+def default_source() -> Part:
+    """Train on what was just sampled, the default source."""
+    from polopt.parts.source import Fresh
+
+    return Fresh()
+
+
 @dataclass(frozen=True)
 class Slots:
     """The parts that act in one update, after its overrides."""
@@ -97,6 +104,7 @@ class Method:
     surrogate: Part
     aggregate: Part
     decoder: Part | None = None
+    source: Part = field(default_factory=lambda: default_source())
     reward: tuple[Part, ...] = ()
     select: tuple[Part, ...] = ()
     weight: tuple[Part, ...] = ()
@@ -153,12 +161,12 @@ class Method:
     # ---------------------------------------------------------------- reading
     def update(self, name: str | None = None) -> Update:
         """An update by name; the first one by default."""
-        if name is None:
+        if name is None and self.updates:
             return self.updates[0]
         for u in self.updates:
             if u.name == name:
                 return u
-        raise unknown(f"update of {self.name}", name, [u.name for u in self.updates])
+        raise unknown(f"update of {self.name}", name or "(first)", [u.name for u in self.updates])
 
     def slots(self, update: Update) -> Slots:
         """The parts acting in `update`: the method's own where the update does not override them."""
@@ -205,7 +213,7 @@ class Method:
         for slot in SLOTS:
             _fit(slot, getattr(self, slot))
         names = [u.name for u in self.updates]
-        if not names or len(set(names)) < len(names):
+        if len(set(names)) < len(names):
             raise CallError(f"{self.name}: updates need distinct names, got {names}")
         for u in self.updates:
             for term in u.terms:

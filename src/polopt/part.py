@@ -18,7 +18,7 @@ Moment = Literal["drawn", "scored", "minibatch", "stepped", "evaluated"]
 
 #: The slots of a method, in the order in which they act.
 KINDS = (
-    "sampler", "decoder", "reward", "advantage", "select", "weight", "surrogate", "penalty", "critic", "aggregate", "rule",
+    "sampler", "decoder", "source", "reward", "advantage", "select", "weight", "surrogate", "penalty", "critic", "aggregate", "rule",
 )  # fmt: skip
 
 

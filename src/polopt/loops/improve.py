@@ -61,6 +61,7 @@ class Improve:
             for u in method.updates
         }  # fmt: skip
         self.compile_from = compile_from(settings, self.executors.values(), self.budget)
+        self.store: dict[str, Batch] = {}
         self.updates = 0
         self.seconds = 0.0
         self.scores: dict[str, float] = {}
@@ -77,12 +78,16 @@ class Improve:
         collected = time.perf_counter()
         self.ledger.charge(self.collector.costs())
         info: dict[str, Tensor] = {}
-        for update in self.method.updates:
-            if self.updates % update.every or update.on not in batches:
-                continue
-            many = len(self.method.updates) > 1
-            found = self.improve_by(update, batches[update.on], clock)
-            info |= {f"{update.name}/{k}" if many and k in info else k: v for k, v in found.items()}
+        due = [u for u in self.method.updates if self.updates % u.every == 0 and u.on in batches]
+        # every update's statistics and advantages are taken before the first one moves a parameter
+        ready = [self.prepare(u, batches[u.on], first=i == 0) for i, u in enumerate(due)]
+        for batch in batches.values():
+            self.observe("scored", batch)
+        compiled = self.compile_from is not None and self.updates >= self.compile_from
+        for update, (batch, advantage, known) in zip(due, ready, strict=True):
+            found = known | self.executors[update.name].run(batch, advantage, clock, compiled=compiled)
+            self.charge_pass(batch, update.epochs)
+            info |= {f"{update.name}/{k}" if k in info else k: v for k, v in found.items()}
         main = next(iter(batches.values()))
         self.policy.remember(main)
         self.after_updates(main)
@@ -111,29 +116,26 @@ class Improve:
                 batches: dict[str, Batch] = stop.value
                 break
             answer = self.collector.answer(requests, clock=clock)
-        batches = {k: replace(b, clock=clock) for k, b in batches.items()}
+        batches = {k: replace(b, clock=clock) for k, b in self.method.source(batches, self.store).items()}  # type: ignore[operator]
         for batch in batches.values():
             self.observe("drawn", batch)
         return batches
 
-    def improve_by(self, update: Update, batch: Batch, clock: Clock) -> dict[str, Tensor]:
-        """Statistics, advantages and returns of the whole batch, then the steps of one update."""
+    def prepare(self, update: Update, batch: Batch, *, first: bool) -> tuple[Batch, Tensor | None, dict[str, Tensor]]:
+        """Statistics, advantages and returns of the whole batch for one update, and what they tell."""
         executor = self.executors[update.name]
-        needs = with_prerequisites(self.method.needs(update))
-        batch = self.fill(batch, needs, lazily=executor)
+        batch = self.fill(batch, with_prerequisites(self.method.needs(update)), executor if first else None)
         info: dict[str, Tensor] = {}
         advantage = objective.advantages(self.method, update, batch, self.memory) if "surrogate" in update.terms else None
         if "critic" in update.terms and executor.slots.critic is not None:
             batch = batch.adding({"return@old": objective.returns(self.method, update, batch, self.memory)})
             info["explained_variance"] = explained_variance(batch)
-        self.observe("scored", batch)
         if advantage is not None:
             info |= signal(batch, advantage)
         for view in ("behaviour", "old"):
             if f"entropy@{view}" in batch.stats and "entropy" not in info:
                 info["entropy"] = batch.pool(batch.stats[f"entropy@{view}"], by="batch").flatten()[0]
-        compiled = self.compile_from is not None and self.updates >= self.compile_from
-        return {**info, **executor.run(batch, advantage, clock, compiled=compiled)}
+        return batch, advantage, info
 
     def fill(self, batch: Batch, needs: frozenset[str], lazily: Executor | None = None) -> Batch:
         """Compute the statistics that parts need at the views old and ref, each view in one pass.
@@ -271,6 +273,7 @@ class Improve:
             "policy": self.policy.state(),
             "updates": {k: e.state() for k, e in self.executors.items()},
             "memory": self.memory.state(),
+            "store": {k: b.tree() for k, b in self.store.items()},
             "streams": self.streams.state(),
             "collector": self.collector.state(),
             "clock": {"updates": self.updates, "seconds": self.seconds, "spent": dict(self.ledger.spent)},
@@ -290,6 +293,7 @@ class Improve:
         except (KeyError, RuntimeError, ValueError) as error:
             raise PoloptError(f"the checkpoint does not fit this policy: {error}") from error
         self.memory.load(state["memory"])
+        self.store = {k: Batch.from_tree(t) for k, t in state["store"].items()}
         self.streams.load(state["streams"])
         self.collector.load(state["collector"])
         self.updates, self.seconds = state["clock"]["updates"], state["clock"]["seconds"]
