@@ -296,7 +296,10 @@ class Batch:
 
     @classmethod
     def cat(cls, batches: Sequence[Batch]) -> Batch:
-        """Join batches row-wise, padding decisions on the right and context on the left; groups stay distinct."""
+        """Join batches row-wise, padding decisions on the right and context on the left.
+
+        Groups stay distinct; other keys (a prompt's id, say) mean the same in every batch and keep their numbers.
+        """
         if len(batches) == 1:
             return batches[0]
         if not batches:
@@ -309,30 +312,27 @@ class Batch:
             values = [pick(b) for b in padded]
             return None if any(v is None for v in values) else _cat_tree(values)
 
-        def units(name: str, pick: Callable[[Batch], Tensor | None]) -> Tensor | None:
-            ids, start = [], 0
+        group: Tensor | None = None
+        if all(b.group is not None for b in padded):
+            start, ids = 0, []
             for b in padded:
-                found = pick(b)
-                if found is None:
-                    return None
-                ids.append(found + start)
-                start += b.units[name]
-            return torch.cat(ids)
-
-        keys = {k: units(k, lambda b, k=k: b.keys.get(k)) for k in first.keys}  # type: ignore[misc]
+                ids.append(b.group + start)
+                start += b.units["group"]
+            group = torch.cat(ids)
+        sizes = {k: sum(b.units[k] for b in padded) if k == "group" else max(b.units[k] for b in padded) for k in first.units}
         return replace(
             first,
             mask=join(lambda b: b.mask), reward=join(lambda b: b.reward),
             terminated=join(lambda b: b.terminated), truncated=join(lambda b: b.truncated),
-            group=units("group", lambda b: b.group), segment=join(lambda b: b.segment),
+            group=group, segment=join(lambda b: b.segment),
             source=join(lambda b: b.source), version=join(lambda b: b.version),
             stats={k: join(lambda b, k=k: b.stats[k]) for k in first.stats if all(k in b.stats for b in padded)},
-            keys={k: v for k, v in keys.items() if v is not None},
+            keys={k: join(lambda b, k=k: b.keys[k]) for k in first.keys if all(k in b.keys for b in padded)},
             row={k: join(lambda b, k=k: b.row[k]) for k in first.row if all(k in b.row for b in padded)},
             obs=join(lambda b: b.obs), action=join(lambda b: b.action),
             context={k: _cat_left([b.context[k] for b in padded]) for k in first.context},
             final=None,
-            units={k: sum(b.units[k] for b in padded) for k in first.units},
+            units=sizes,
             horizon=max(b.horizon for b in padded),
         )  # fmt: skip
 

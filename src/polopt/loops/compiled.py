@@ -54,7 +54,7 @@ class CompiledSteps:
         self.executor = executor
         span = executor.flat.span(executor.update.trains)
         assert span is not None  # can_compile
-        self.span = span
+        self.span = span.detach()
         policy = executor.policy
         assert isinstance(policy, nn.Module)
         self.policy = policy
@@ -68,7 +68,9 @@ class CompiledSteps:
 
     def fixed(self) -> dict[str, Tensor]:
         """Parameters that this update does not train, and buffers such as observation statistics."""
-        rest = {n: p.detach() for n, p in self.policy.named_parameters(remove_duplicate=False) if n not in self.places}
+        # cloned: they may be views of the buffer that the graph writes to
+        named = self.policy.named_parameters(remove_duplicate=False)
+        rest = {n: p.detach().clone() for n, p in named if n not in self.places}
         return {**rest, **dict(self.policy.named_buffers())}
 
     def run(

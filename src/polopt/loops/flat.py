@@ -60,7 +60,7 @@ class FlatParameters:
         inside = {i for i, (_, o) in self.places.items() if start <= o < end}
         if inside != wanted:
             return None
-        span = self.data[start:end]
+        span = self.data[start:end].requires_grad_()
         span.grad = self.grad[start:end]
         return span
 

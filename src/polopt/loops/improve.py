@@ -81,8 +81,8 @@ class Improve:
         due = [u for u in self.method.updates if self.updates % u.every == 0 and u.on in batches]
         # every update's statistics and advantages are taken before the first one moves a parameter
         ready = [self.prepare(u, batches[u.on], first=i == 0) for i, u in enumerate(due)]
-        for batch in batches.values():
-            self.observe("scored", batch)
+        for batch in {**batches, **{u.on: r[0] for u, r in zip(due, ready, strict=True)}}.values():
+            self.observe("scored", objective.shaped(self.method, batch, self.memory))
         compiled = self.compile_from is not None and self.updates >= self.compile_from
         for update, (batch, advantage, known) in zip(due, ready, strict=True):
             found = known | self.executors[update.name].run(batch, advantage, clock, compiled=compiled)
@@ -389,11 +389,9 @@ def signal(batch: Batch, advantage: Tensor) -> dict[str, Tensor]:
     if batch.group is None or batch.units["group"] >= batch.shape[0]:
         return {}
     size = advantage.abs() if advantage.dim() == 2 else advantage.abs().amax(-1)
-    alive = torch.zeros(batch.units["group"], device=size.device).index_reduce(
-        0, batch.group, (size * batch.mask).amax(1), "amax"
-    )
-    present = torch.zeros_like(alive).index_fill(0, batch.group, 1.0)
-    return {"dead_groups": ((alive == 0) & (present > 0)).sum() / present.sum().clamp(min=1)}
+    strongest = batch.pool((size * batch.mask).amax(1), by="group", how="max")
+    share = batch.mask.any(1) / batch.pool(torch.ones_like(strongest), by="group", how="count").clamp(min=1)  # 1/size: a group counts once
+    return {"dead_groups": ((strongest == 0) * share).sum() / share.sum().clamp(min=1e-9)}
 
 
 def to_floats(info: Mapping[str, Tensor]) -> Metrics:

@@ -1,0 +1,71 @@
+"""The optimisers of `Descend` as pure functions of tensors, for graphs that hold several steps.
+
+The formulas are those of `torch.optim` (and of TensorFlow's RMSProp); tests hold them against it. State tensors are those
+of the optimiser object, so that eager and compiled steps can follow each other.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from polopt.parts.rule.descend import Descend
+
+Tensors = dict[str, Tensor]
+
+
+def initial(rule: Descend, p: Tensor) -> Tensors:
+    """State tensors of one parameter before the first step."""
+    if rule.optimizer in ("adam", "adamw"):
+        step = torch.zeros((), dtype=torch.float32, device=p.device)
+        return {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    momentum = {"momentum_buffer": torch.zeros_like(p)} if rule.momentum else {}
+    if rule.optimizer == "sgd":
+        return momentum
+    start = torch.ones_like(p) if rule.optimizer == "rmsprop-tf" else torch.zeros_like(p)
+    return {"square_avg": start, **momentum}
+
+
+def step(rule: Descend, p: Tensor, g: Tensor, state: Tensors, rate: Tensor) -> tuple[Tensor, Tensors, Tensors]:
+    """(parameters, state, report) after clipping and one step along gradient `g`; nothing moves if `g` is not finite."""
+    norm = g.norm()
+    good = norm.isfinite()
+    g = torch.where(good, g, torch.zeros_like(g))
+    if rule.max_grad_norm is not None:
+        g = g * torch.where(good, (rule.max_grad_norm / (norm + 1e-6)).clamp(max=1.0), torch.ones_like(norm))
+    if rule.optimizer == "adamw":
+        p_decayed = p * (1 - rate * rule.weight_decay)
+    else:
+        p_decayed = p
+        g = g + rule.weight_decay * p if rule.weight_decay else g
+    if rule.optimizer in ("adam", "adamw"):
+        moved, new = _adam(rule, p_decayed, g, state, rate)
+    elif rule.optimizer == "sgd":
+        moved, new = _momentum(rule, p_decayed, g, state, rate)
+    else:
+        square = rule.alpha * state["square_avg"] + (1 - rule.alpha) * g * g
+        root = (square + rule.eps).sqrt() if rule.optimizer == "rmsprop-tf" else square.sqrt() + rule.eps
+        moved, new = _momentum(rule, p_decayed, g / root, state, rate)
+        new["square_avg"] = square
+    kept = {k: torch.where(good, v, state[k]) for k, v in new.items()}
+    report = {"grad_norm": norm, "skipped": 1.0 - good.to(norm.dtype), "lr": rate}
+    return torch.where(good, moved, p), kept, report
+
+
+def _adam(rule: Descend, p: Tensor, g: Tensor, state: Tensors, rate: Tensor) -> tuple[Tensor, Tensors]:
+    b1, b2 = rule.betas
+    count = state["step"] + 1
+    mean = state["exp_avg"].lerp(g, 1 - b1)
+    square = b2 * state["exp_avg_sq"] + (1 - b2) * g * g
+    root = (square / (1 - b2**count)).sqrt() + rule.eps
+    return p - rate * (mean / (1 - b1**count)) / root, {"step": count, "exp_avg": mean, "exp_avg_sq": square}
+
+
+def _momentum(rule: Descend, p: Tensor, d: Tensor, state: Tensors, rate: Tensor) -> tuple[Tensor, Tensors]:
+    if not rule.momentum:
+        return p - rate * d, {}
+    buffer = rule.momentum * state["momentum_buffer"] + d
+    return p - rate * buffer, {"momentum_buffer": buffer}
