@@ -36,6 +36,12 @@ def step(rule: Descend, p: Tensor, g: Tensor, state: Tensors, rate: Tensor) -> t
     g = torch.where(good, g, torch.zeros_like(g))
     if rule.max_grad_norm is not None:
         g = g * torch.where(good, (rule.max_grad_norm / (norm + 1e-6)).clamp(max=1.0), torch.ones_like(norm))
+    moved, kept = advance(rule, p, g, state, rate, good)
+    return moved, kept, {"grad_norm": norm, "skipped": 1.0 - good.to(norm.dtype), "lr": rate}
+
+
+def advance(rule: Descend, p: Tensor, g: Tensor, state: Tensors, rate: Tensor, good: Tensor) -> tuple[Tensor, Tensors]:
+    """(parameters, state) after one step along the clipped gradient `g`, or as they are where `good` is false."""
     if rule.optimizer == "adamw":
         p_decayed = p * (1 - rate * rule.weight_decay)
     else:
@@ -50,9 +56,7 @@ def step(rule: Descend, p: Tensor, g: Tensor, state: Tensors, rate: Tensor) -> t
         root = (square + rule.eps).sqrt() if rule.optimizer == "rmsprop-tf" else square.sqrt() + rule.eps
         moved, new = _momentum(rule, p_decayed, g / root, state, rate)
         new["square_avg"] = square
-    kept = {k: torch.where(good, v, state[k]) for k, v in new.items()}
-    report = {"grad_norm": norm, "skipped": 1.0 - good.to(norm.dtype), "lr": rate}
-    return torch.where(good, moved, p), kept, report
+    return torch.where(good, moved, p), {k: torch.where(good, v, state[k]) for k, v in new.items()}
 
 
 def _adam(rule: Descend, p: Tensor, g: Tensor, state: Tensors, rate: Tensor) -> tuple[Tensor, Tensors]:

@@ -1,0 +1,29 @@
+"""A2C: synchronous advantage actor-critic as in OpenAI baselines and Stable-Baselines3.
+
+    loss = mean_t[ -(R_t - V(s_t)) log pi(a_t|s_t) + c_v (V(s_t) - R_t)^2 ],  R_t the n-step return
+
+Against A3C: no entropy bonus, a constant rate, gradients clipped at norm 0.5; TensorFlow's RMSProp (mean square from 1,
+epsilon inside the root). Advantages are not standardised. This is PPO with one epoch, one minibatch and lam = 1 (Huang
+et al., arXiv 2205.09123).
+
+Not included: recurrent policies. Fragments are 5 steps long in the original settings; the task's preset sets their
+length.
+"""
+
+from polopt.methods.onpolicy.a3c import A3C
+from polopt.parts.rule.descend import Descend
+from polopt.registry import register
+
+A2C = register(
+    A3C.but(
+        "a2c",
+        penalty=(),
+        rule=Descend(optimizer="rmsprop-tf", lr=7e-4, alpha=0.99, eps=1e-5, max_grad_norm=0.5),
+        title="A2C",
+        paper="1602.01783",
+        year=2017,
+        doc=__doc__ or "",
+        claim="As good as A3C without asynchrony, and simpler.",
+        builds_on=("2205.09123",),
+    )
+)
