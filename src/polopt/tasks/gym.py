@@ -1,0 +1,105 @@
+"""`gym:<id>`: any Gymnasium environment with Box, Discrete, MultiDiscrete or MultiBinary spaces."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from polopt.errors import CallError, nearest
+from polopt.part import Can
+from polopt.policies.mlp_spaces import Action, Observation
+from polopt.tasks.gym_presets import preset
+
+if TYPE_CHECKING:
+    import gymnasium
+    from gymnasium.vector import VectorEnv
+
+
+class GymTask:
+    """A control task. Constructing one imports nothing; `check` imports Gymnasium and looks the environment up.
+
+    options are passed to `gymnasium.make` (`max_episode_steps`, `g`, ...).
+    """
+
+    domain = "control"
+    offers = frozenset({Can.SCORE, Can.KL, Can.VALUE, Can.REFERENCE, Can.EPISODES, Can.GROUPS})
+
+    def __init__(self, name: str, options: Mapping[str, Any] | None = None) -> None:
+        self.name = name
+        self.id = name.removeprefix("gym:")
+        self.options = dict(options or {})
+        self._spaces: tuple[Observation, Action] | None = None
+
+    def check(self) -> None:
+        """Raise `CallError` when the environment is unknown or its module is not installed; builds nothing."""
+        import gymnasium as gym
+
+        if not self.id:
+            raise CallError("task 'gym:' names no environment; write e.g. gym:CartPole-v1")
+        try:
+            gym.spec(self.id)
+        except (gym.error.Error, ImportError) as error:
+            if ":" in self.id or "/" in self.id:
+                raise CallError(f"unknown environment '{self.id}': {_line(error)}") from error
+            own = [k for k in gym.registry if "/" not in k]
+            raise CallError(f"unknown environment '{self.id}'{_nearest_id(self.id, own)}") from error
+
+    def make(self) -> gymnasium.Env[Any, Any]:
+        """A new environment. Raises `CallError` for wrong options and missing packages."""
+        import gymnasium as gym
+
+        self.check()
+        try:
+            return gym.make(self.id, disable_env_checker=True, **self.options)
+        except Exception as error:
+            raise self._cannot(error) from error
+
+    def make_vector(self, n: int, how: str) -> VectorEnv[Any, Any, Any]:
+        """`n` environments in processes ("async") or as the environment's own vector form ("native")."""
+        import gymnasium as gym
+
+        self.check()
+        if how == "native":
+            if gym.spec(self.id).vector_entry_point is None:
+                raise CallError(f"collect.vectorize = 'native': {self.id} has no vector form of its own; use 'sync' or 'async'")
+            mode, settings = gym.VectorizeMode.VECTOR_ENTRY_POINT, None
+        else:
+            mode, settings = gym.VectorizeMode.ASYNC, {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}
+        try:
+            return gym.make_vec(self.id, num_envs=n, vectorization_mode=mode, vector_kwargs=settings, **self.options)
+        except Exception as error:
+            raise self._cannot(error) from error
+
+    def _cannot(self, error: Exception) -> CallError:
+        given = f" with options {self.options}" if self.options else ""
+        return CallError(f"cannot make environment '{self.id}'{given}: {type(error).__name__}: {_line(error)}")
+
+    def spaces(self) -> tuple[Observation, Action]:
+        """What observations and actions look like, from one environment that is closed again; kept.
+
+        Raises `CallError` naming a space that is not supported.
+        """
+        if self._spaces is None:
+            env = self.make()
+            try:
+                self._spaces = Observation.of(env.observation_space, self.name), Action.of(env.action_space, self.name)
+            finally:
+                env.close()
+        return self._spaces
+
+    def preset(self, method: Any) -> Mapping[str, Any]:
+        """Settings that suit this environment and a method with these properties, as dotted paths."""
+        return preset(self.id, method)
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+def _nearest_id(name: str, known: list[str]) -> str:
+    """The nearest id, with case and version ignored when nothing is close otherwise; never the list of all."""
+    lower = {k.lower(): k for k in known}
+    exact = nearest(name.lower(), lower)
+    if exact.startswith(", did you mean"):
+        return f", did you mean '{lower[exact.split(chr(39))[1]]}'?"
+    return "; list them with gymnasium.pprint_registry()"
