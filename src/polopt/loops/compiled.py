@@ -23,6 +23,7 @@ from polopt.objective import Diagnostics
 if TYPE_CHECKING:
     from polopt.loops.executor import Executor
 
+BACKEND = "inductor"
 MOST_STEPS = 8  # minibatches per graph: more cost compile time and gain little
 COLUMNS = tuple(
     f.name for f in fields(Batch) if f.name not in ("context", "final", "units", "horizon", "clock")
@@ -96,12 +97,11 @@ class CompiledSteps:
         pending: list[Tensor] = []
         steps = 0
         for epoch in range(epochs):
-            last = epoch == epochs - 1
             before = total.get("kl_old", torch.zeros(())).clone() if e.update.target_kl is not None else None
             order = torch.arange(units) if whole else torch.randperm(units, generator=e.shuffle)
             order = order.to(batch.mask.device)
             pending += order[: full * size].view(full, size).unbind(0)
-            ratios.clear()
+            rest_ratios: list[Tensor] = []
             while len(pending) >= k:
                 index = torch.stack(pending[:k])
                 del pending[:k]
@@ -110,20 +110,20 @@ class CompiledSteps:
                 for name, value in sums.items():
                     total[name] = total[name] + value if name in total else value.clone()
                 steps += k
-                if log_ratio is not None and (last or per_epoch_stop):
-                    ratios.append(log_ratio.clone())
+                if log_ratio is not None:  # only the last epoch's are kept: as many rows as it has minibatches
+                    ratios = [*ratios, *log_ratio.clone().unbind(0)][-full:]
             if units % size:
                 rest = order[full * size :]
                 info, log_ratios = eager(batch.rows(rest), None if advantage is None else advantage[rest])
                 for name, value in info.items():
                     total[name] = total[name] + value if name in total else value
-                ratios += log_ratios
+                rest_ratios = log_ratios
                 steps += 1
             if before is not None and e.update.target_kl is not None and "kl_old" in total:
                 per_epoch = full + (units % size > 0)
                 if float(total["kl_old"] - before) / per_epoch > e.update.target_kl:
                     break
-        return total, ratios, steps, epoch + 1
+        return total, ratios + rest_ratios, steps, epoch + 1
 
     # ---------------------------------------------------------------- tracing
     def graph(self, inputs: tuple[Any, ...], batch: Batch) -> Callable[..., Any]:
@@ -182,8 +182,9 @@ class CompiledSteps:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             traced = make_fx(steps, tracing_mode="fake")(*inputs)
-        options = {"cpp_wrapper": True} if self.span.device.type == "cpu" else {}
-        compiled = torch.compile(traced, fullgraph=True, dynamic=False, options=options)
+        # a C++ driver around the kernels halves the cost of a small CPU graph
+        options = {"cpp_wrapper": True} if BACKEND == "inductor" and self.span.device.type == "cpu" else None
+        compiled = torch.compile(traced, fullgraph=True, dynamic=False, backend=BACKEND, options=options)
 
         def quiet(*args: Any) -> Any:
             with torch.no_grad():
