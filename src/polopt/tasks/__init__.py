@@ -1,0 +1,66 @@
+"""Tasks by name: `gym:<id>`, `text:<name>`, `data:<path or id>`, installed packages' own, and `file.py:NAME` of the user."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any, cast
+
+from polopt.errors import CallError, nearest
+
+if TYPE_CHECKING:
+    from polopt.interfaces import Task
+
+#: prefix -> (module, class, what follows the prefix); the module is imported when the task is made
+FAMILIES = {
+    "gym": ("polopt.tasks.gym", "GymTask", "any Gymnasium environment, e.g. gym:CartPole-v1"),
+    "text": ("polopt.tasks.text", "TextTask", "any reasoning-gym task, e.g. text:spell_backward"),
+    "data": ("polopt.tasks.data", "DataTask", "a JSONL or Parquet file or data set id with prompts, e.g. data:questions.jsonl"),
+}
+
+
+def make(name: str, options: Mapping[str, Any] | None = None) -> Task:
+    """The task called `name` with its options; unknown names are refused with the nearest valid one."""
+    options = dict(options or {})
+    if ".py:" in name:
+        from polopt.registry import load_object
+
+        return _built(load_object(name), name, options)
+    prefix, colon, rest = name.partition(":")
+    points = {p.name: p for p in entry_points(group="polopt.tasks")}
+    if prefix in points and prefix not in FAMILIES:
+        return _built(points[prefix].load(), name, {**({"name": rest} if colon else {}), **options})
+    if prefix not in FAMILIES or not rest:
+        forms = [*(f"{p}:" for p in FAMILIES), *points]
+        known = "; ".join(f"{p}:… is {FAMILIES[p][2]}" for p in FAMILIES)
+        hint = nearest(f"{prefix}:", forms) if any(nearest(f"{prefix}:", forms).startswith(s) for s in (", did",)) else ""
+        raise CallError(f"unknown task '{name}'{hint}; {known}; or file.py:NAME of your own")
+    module, cls, _ = FAMILIES[prefix]
+    return cast("Task", getattr(import_module(module), cls)(name, options))
+
+
+def _built(found: Any, name: str, options: Mapping[str, Any]) -> Task:
+    """A task from what a user's file or a package offers: a task, or a class or function that makes one."""
+    if callable(found):
+        try:
+            found = found(**options)
+        except TypeError as error:
+            raise CallError(f"task '{name}' with options {dict(options)}: {error}") from error
+    elif options:
+        raise CallError(f"options.{next(iter(options))}: task '{name}' is an object without options")
+    lacking = [a for a in ("name", "domain", "offers", "preset") if not hasattr(found, a)]
+    if lacking:
+        raise CallError(
+            f"task '{name}' is {type(found).__name__}, which lacks {', '.join(lacking)}; see the documentation of tasks"
+        )
+    return cast("Task", found)
+
+
+def task_names() -> dict[str, str]:
+    """What `polopt tasks` lists: name or form of name, and what it is."""
+    found = {f"{prefix}:…": text for prefix, (_, _, text) in FAMILIES.items()}
+    return found | {p.name: f"from {p.value}" for p in entry_points(group="polopt.tasks")}
+
+
+__all__ = ["FAMILIES", "make", "task_names"]

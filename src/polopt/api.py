@@ -1,0 +1,285 @@
+"""The library in a few calls: look at methods, train, load, evaluate and resume; the command line is made of these."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from polopt import catalogue, registry
+from polopt.config import load_config, save_config
+from polopt.errors import CallError, PoloptError
+from polopt.method import Method
+from polopt.overrides import Layer, Resolved, resolve
+from polopt.part import Part
+from polopt.run import RunFolder
+
+if TYPE_CHECKING:
+    from polopt.interfaces import Observer, Policy, Task
+    from polopt.loops.improve import Improve
+
+Which = Literal["best", "last"]
+
+
+@dataclass
+class Run:
+    """A finished (or interrupted) run: its folder if it has one, its summary, and the policy as it is now."""
+
+    folder: Path | None
+    summary: dict[str, Any]
+    policy: Policy
+    signal: int | None = field(default=None, repr=False)
+
+    def predict(self, inputs: Any, *, greedy: bool = True) -> Any:
+        """Actions for observations, or completions for prompts, of the policy as it is now."""
+        return self.policy.predict(inputs, greedy=greedy)
+
+
+# -------------------------------------------------------------------- looking
+def method(name: str) -> Method:
+    """The method called `name`, or `path/to/file.py:NAME`; an unknown one is refused with the nearest name."""
+    return registry.get_method(name)
+
+
+def methods() -> dict[str, Method]:
+    """Every method by name, parents before children."""
+    return registry.all_methods()
+
+
+def explain(which: str | Method) -> str:
+    """A method in words: its chain from the root, what each step changed, equations, settings, papers."""
+    return catalogue.explain(_method(which))
+
+
+def diff(a: str | Method, b: str | Method) -> str:
+    """Every setting in which two methods differ, and how many are equal."""
+    return catalogue.diff(_method(a), _method(b))
+
+
+def _method(which: str | Method) -> Method:
+    if isinstance(which, Method):
+        return which
+    if not isinstance(which, str):
+        raise CallError(f"expected the name of a method or a Method, got {type(which).__name__}")
+    return registry.get_method(which)
+
+
+# -------------------------------------------------------------------- training
+def train(
+    method: str | Method,
+    task: str | Task,
+    *,
+    budget: str | None = None,
+    seed: int | None = None,
+    out: str | Path | Literal[False] | None = None,
+    observers: Sequence[Observer] = (),
+    overrides: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> Run:
+    """Train `method` on `task`, as `polopt train METHOD TASK` does.
+
+    out: the run's folder (default: runs/<method>-<task>-s<seed>, numbered if it exists); False keeps nothing on disk.
+    Everything else that the command line can set goes into `overrides` by dotted path, or is a keyword with `__` for
+    each dot: `train("ppo", "gym:CartPole-v1", epochs=4, collect__envs=16, surrogate=Clip(low=0.1, high=0.1))`. Parts may be
+    names, `file.py:NAME` or instances; `reward` of a data task may be Python functions. Ctrl-C saves and returns.
+
+    Raises `CallError` for a wrong call, `PoloptError` when the run fails.
+    """
+    given = {k: v for k, v in (("budget", budget), ("seed", seed)) if v is not None} | dict(overrides or {}) | settings
+    resolved = resolve(method, task, _rewards_to_options(given), sources="call")
+    return launch(resolved, out=out, observers=observers)
+
+
+def _rewards_to_options(given: dict[str, Any]) -> dict[str, Any]:
+    """`reward=` takes parts; functions given there are those of a data task."""
+    value = given.get("reward")
+    many = value if isinstance(value, list | tuple) else [value]
+    if value is None or not all(callable(v) and not isinstance(v, Part) and not _is_part(v) for v in many):
+        return given
+    return {**{k: v for k, v in given.items() if k != "reward"}, "options.reward": value}
+
+
+def _is_part(value: Any) -> bool:
+    return isinstance(value, type) and issubclass(value, Part)
+
+
+def launch(
+    resolved: Resolved, *, out: str | Path | Literal[False] | None = None, observers: Sequence[Observer] = (), quiet: bool = True
+) -> Run:
+    """Start a resolved run; `quiet=False` adds the progress display. The folder of a run that never began is removed."""
+    folder = None if out is False else RunFolder.create(out if out is not None else default_out(resolved))
+    if folder is not None:
+        save_config(resolved, folder)
+    return _drive(resolved, folder, observers, quiet=quiet, resuming=False)
+
+
+def resume(
+    run: str | Path,
+    *,
+    budget: str | None = None,
+    observers: Sequence[Observer] = (),
+    method: Method | None = None,
+    quiet: bool = True,
+) -> Run:
+    """Continue a run from its last checkpoint to the same numbers as the uninterrupted run; `budget` makes it longer.
+
+    method: the Method value, for a run whose method was made in Python and cannot be rebuilt from config.yaml.
+    """
+    folder = RunFolder.open(run)
+    resolved = read_run(folder, {} if budget is None else {"budget": budget}, method)
+    if folder.newest() is None:
+        raise PoloptError(
+            f"{folder.path} has no checkpoint yet; start it again with: polopt train --config {folder.path}/config.yaml"
+        )
+    if budget is not None:
+        save_config(resolved, folder)
+    return _drive(resolved, folder, observers, quiet=quiet, resuming=True)
+
+
+def _drive(resolved: Resolved, folder: RunFolder | None, observers: Sequence[Observer], *, quiet: bool, resuming: bool) -> Run:
+    from polopt.loops.improve import Improve
+
+    with _interruptible() as control:
+        try:
+            watching = [*observers, *(_default_observers(folder, quiet) if folder else ())]
+            run = Improve(resolved.method, resolved.task, resolved.settings, folder=folder, observers=watching)
+            if resuming:
+                run.resume()
+        except BaseException as error:
+            if folder is not None and not resuming:
+                _withdraw(folder, error)
+            raise
+        control.run = run
+        summary = run.run()
+    return Run(folder.path if folder else None, summary, run.policy, control.signal)
+
+
+def _default_observers(folder: RunFolder, quiet: bool) -> list[Observer]:
+    from polopt.evidence.observers import default_observers
+
+    return default_observers(folder.path, quiet=quiet)
+
+
+def _withdraw(folder: RunFolder, error: BaseException) -> None:
+    """Undo a run folder whose run could not even be built, but keep the traceback of a surprise."""
+    for path in (folder.path / "config.yaml", folder.path / "files", folder.checkpoints, folder.path / "tb"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    if isinstance(error, CallError | KeyboardInterrupt):
+        if folder.path.is_dir() and not any(folder.path.iterdir()):
+            folder.path.rmdir()
+    else:
+        folder.write_text("error.txt", "".join(traceback.format_exception(error)))
+
+
+def default_out(resolved: Resolved) -> Path:
+    """runs/<method>-<task>-s<seed>, with -2, -3 ... appended while that exists."""
+    words = f"{resolved.method.name}-{resolved.task.name.rpartition('/')[2]}-s{resolved.settings.seed}"
+    base = Path("runs") / re.sub(r"[^A-Za-z0-9._-]+", "-", words)
+    path, n = base, 1
+    while path.exists():
+        n += 1
+        path = base.with_name(f"{base.name}-{n}")
+    return path
+
+
+# -------------------------------------------------------------------- signals
+@dataclass
+class _Control:
+    run: Improve | None = None
+    signal: int | None = None
+
+
+@contextmanager
+def _interruptible() -> Iterator[_Control]:
+    """While inside, the first SIGINT or SIGTERM makes the run save and end; the second one aborts it."""
+    control = _Control()
+
+    def handle(number: int, frame: object) -> None:
+        first, control.signal = control.signal is None, number
+        if control.run is None or not first:
+            raise KeyboardInterrupt
+        control.run.stop = signal.Signals(number).name
+        print(f"\n{signal.Signals(number).name}: finishing this update and saving; once more to abort", file=sys.stderr)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield control
+        return
+    before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield control
+    except KeyboardInterrupt as error:
+        error.args = (control.signal or signal.SIGINT,)
+        raise
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+
+# -------------------------------------------------------------------- runs on disk
+def read_run(folder: RunFolder, over: Mapping[str, Any] | None = None, method: Method | None = None) -> Resolved:
+    """The resolved run that a folder's config.yaml describes, with some values changed."""
+    config = load_config(folder.path / "config.yaml")
+    if config.method is None or config.task is None:
+        raise CallError(f"{folder.path}/config.yaml names no {'method' if config.method is None else 'task'}")
+    layers: list[Layer] = [(config.values, config.sources), (over or {}, "call")]
+    if method is None:
+        return resolve(config.method, config.task, layers, name=config.name)
+    own = {k: v for k, v in config.values.items() if k.partition(".")[0] in _settings_names()}
+    return resolve(method, config.task, [(own, config.sources), layers[1]])
+
+
+def _settings_names() -> frozenset[str]:
+    from polopt.paths import SECTIONS
+
+    return frozenset(SECTIONS)
+
+
+def load(run: str | Path, which: Which = "best", *, device: str | None = None, method: Method | None = None) -> Policy:
+    """The policy of a run's best (by held-out score) or last checkpoint, ready to `predict`."""
+    from polopt.loops.build import make_policy
+
+    folder = RunFolder.open(run)
+    resolved = read_run(folder, {} if device is None else {"device": device}, method)
+    state = folder.load_checkpoint(_which(which))
+    policy = make_policy(resolved.task, resolved.method, resolved.settings)
+    policy.load(state["policy"])
+    return policy
+
+
+def evaluate(
+    run: str | Path, episodes: int | None = None, which: Which = "best", *, greedy: bool | None = None, device: str | None = None
+) -> dict[str, float]:
+    """Scores of a run's policy on held-out seeds or prompts, "score" first."""
+    from polopt.loops.build import make_collector, make_policy
+
+    folder = RunFolder.open(run)
+    over = {"evaluate.episodes": episodes, "evaluate.greedy": greedy, "device": device}
+    resolved = read_run(folder, {k: v for k, v in over.items() if v is not None})
+    state = folder.load_checkpoint(_which(which))
+    policy = make_policy(resolved.task, resolved.method, resolved.settings)
+    policy.load(state["policy"])
+    collector = make_collector(resolved.task, policy, resolved.method, resolved.settings)
+    try:
+        return collector.evaluate(resolved.settings.evaluate.episodes)
+    finally:
+        collector.close()
+
+
+def _which(which: str) -> str:
+    if which not in ("best", "last"):
+        raise CallError(f"checkpoint '{which}': expected best or last")
+    return which
+
+
+__all__ = ["Run", "diff", "evaluate", "explain", "launch", "load", "method", "methods", "resume", "train"]

@@ -1,0 +1,161 @@
+"""What methods are, in words: the chain from the root with what each step changed, and the difference between two methods."""
+
+from __future__ import annotations
+
+import inspect
+import textwrap
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
+from typing import Any
+
+from polopt.method import Method
+from polopt.part import Part
+from polopt.paths import Leaf, Slot, method_leaves
+
+WIDTH = 120
+
+
+def explain(method: Method) -> str:
+    """The method from the root of its family on: what each step changed, equations, settings, papers."""
+    lines = [_heading(method), ""]
+    if text := inspect.cleandoc(method.doc):
+        lines += [text, ""]
+    chain = method.chain()
+    lines.append("Chain: " + " -> ".join(m.name for m in chain))
+    lines += _wrap("  ", f"{chain[0].name}{_reference(chain[0])}")
+    lines += _wrap("      ", "the root: " + ", ".join(f"{slot} {_names(value)}" for slot, value in _filled(chain[0])))
+    for before, after in pairwise(chain):
+        lines += _wrap("  ", f"{after.name}{_reference(after)}")
+        found, _ = compare(before, after)
+        lines += [line for change in found or ["(the same settings)"] for line in _wrap("      ", change)]
+    if method.builds_on:
+        lines += ["", *_wrap("", f"Builds on: {', '.join(method.builds_on)}")]
+    lines += ["", "Parts:"]
+    for path, part in method.parts().items():
+        lines += _wrap("  ", f"{path:<22} {part.describe()}")
+        lines += [line for text in _about(part) for line in _wrap("      ", text)]
+    lines += ["", "Updates:", *(line for u in method.updates for line in _wrap("  ", f"{u.name}: {_summary(method, u.name)}"))]
+    if needs := sorted(method.requires()):
+        lines += ["", f"Needs of policy and task: {', '.join(needs)}"]
+    if method.claim:
+        lines += ["", *_wrap("", f"Claim: {' '.join(method.claim.split())}")]
+    return "\n".join(lines)
+
+
+def diff(a: Method, b: Method) -> str:
+    """Every setting in which two methods differ, and how many are equal; descriptive fields do not count."""
+    found, equal = compare(a, b)
+    if not found:
+        return f"{a.name} and {b.name} are equal in all {equal} parts and settings."
+    lines = [f"{a.name} -> {b.name}", *(line for change in found for line in _wrap("  ", change))]
+    lines.append(f"Equal in the other {equal} parts and settings." if equal else "They share no part or setting.")
+    common = [m.name for m, n in zip(a.chain(), b.chain(), strict=False) if m == n]
+    return "\n".join([*lines, *([f"Nearest common ancestor: {common[-1]}"] if common else [])])
+
+
+def compare(a: Method, b: Method) -> tuple[list[str], int]:
+    """One line per slot or setting in which `b` differs from `a`, and the number of slots and settings that are equal.
+
+    A replaced part stands for its settings, an update that only one of them has for everything in it.
+    """
+    mine, other = method_leaves(a), method_leaves(b)
+    done: list[str] = []
+    lines: list[str] = []
+    equal = 0
+    for path in _in_order(mine, other):
+        if any(path.startswith(f"{above}.") for above in done):
+            continue
+        x, y = mine.get(path), other.get(path)
+        if x is None or y is None:
+            missing = (
+                ".".join(path.split(".")[:2]) if path.startswith("updates.") and not _has(a if x is None else b, path) else path
+            )
+            done.append(missing)
+            lines.append(f"{missing}: {_entry(a, missing, x)} -> {_entry(b, missing, y)}")
+        elif isinstance(x.type, Slot):
+            if _kinds(x.value) != _kinds(y.value):
+                done.append(path)
+                lines.append(f"{path}: {_describe(x.value)} -> {_describe(y.value)}")
+            else:
+                equal += 1
+        elif x.value != y.value:
+            lines.append(f"{path}: {_show(x.value)} -> {_show(y.value)}")
+        else:
+            equal += 1
+    return lines, equal
+
+
+def _in_order(mine: Mapping[str, Leaf], other: Mapping[str, Leaf]) -> list[str]:
+    """All paths, slots of the method before its updates."""
+    return sorted(dict.fromkeys((*mine, *other)), key=lambda p: p.startswith("updates."))
+
+
+def _has(method: Method, path: str) -> bool:
+    return any(path.startswith(f"updates.{u.name}.") for u in method.updates)
+
+
+def _entry(method: Method, path: str, leaf: Leaf | None) -> str:
+    if leaf is None:
+        return "(absent)"
+    return _summary(method, path.split(".")[1]) if path.count(".") == 1 and path.startswith("updates.") else _describe(leaf.value)
+
+
+def _summary(method: Method, update: str) -> str:
+    """An update in one line: its settings that are set, and its rule."""
+    prefix = f"updates.{update}."
+    inner = {k.removeprefix(prefix): leaf.value for k, leaf in method_leaves(method).items() if k.startswith(prefix)}
+    shown = [f"{k} {_describe(v)}" for k, v in inner.items() if "." not in k and v is not None]
+    return ", ".join(shown)
+
+
+def _wrap(indent: str, text: str) -> list[str]:
+    return textwrap.wrap(
+        text, WIDTH, initial_indent=indent, subsequent_indent=indent + "    ", break_long_words=False, break_on_hyphens=False
+    )
+
+
+def _kinds(value: Any) -> Any:
+    """Which parts a slot holds, without their settings."""
+    return tuple(type(p) for p in value) if isinstance(value, tuple) else type(value)
+
+
+def _filled(method: Method) -> Iterator[tuple[str, Any]]:
+    for path, leaf in method_leaves(method).items():
+        if isinstance(leaf.type, Slot) and leaf.value:
+            yield path, leaf.value
+
+
+def _names(value: Any) -> str:
+    return " + ".join(p.name for p in value) if isinstance(value, tuple) else value.name
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Part):
+        return value.describe()
+    if isinstance(value, tuple) and all(isinstance(p, Part) for p in value):
+        return " + ".join(p.describe() for p in value) or "none"
+    return _show(value)
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "+".join(map(str, value)) or "none"
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _heading(method: Method) -> str:
+    title = f": {method.title}" if method.title else ""
+    return f"{method.name}{title}{_reference(method)}"
+
+
+def _reference(method: Method) -> str:
+    paper = f"arXiv {method.paper}" if method.paper[:4].isdigit() and "." in method.paper else method.paper
+    known = [str(x) for x in (paper, method.year) if x]
+    return f" ({', '.join(known)})" if known else ""
+
+
+def _about(part: Part) -> list[str]:
+    """The part's equation and the first sentence of its docstring."""
+    doc = inspect.cleandoc(type(part).__doc__ or "").split("\n\n")[0]
+    own = "" if doc.startswith(f"{type(part).__name__}(") else " ".join(doc.split())
+    return [line for line in (own, part.equation) if line]

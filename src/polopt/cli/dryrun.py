@@ -1,0 +1,99 @@
+"""`--dry-run`: the resolved configuration, and what can be said of size, memory and length before training."""
+
+from __future__ import annotations
+
+import math
+
+from torch import nn
+
+from polopt.config import dump_config
+from polopt.loops.build import make_policy
+from polopt.overrides import Resolved
+from polopt.part import Can
+from polopt.run import Budget
+
+FLOAT = 4  # bytes; parameters, gradients and optimiser state are kept in float32
+
+
+def dry_run(resolved: Resolved) -> str:
+    """Configuration as YAML, then parameter count, memory estimate and number of updates as comments."""
+    policy = make_policy(resolved.task, resolved.method, resolved.settings)
+    nets = policy.nets()
+    seen = {id(p): p for net in nets.values() for p in net.parameters()}
+    total = sum(p.numel() for p in seen.values())
+    trained = sum(p.numel() for p in seen.values() if p.requires_grad)
+    each = ", ".join(f"{name} {sum(p.numel() for p in net.parameters()):,}" for name, net in nets.items())
+    low, high = decisions_per_update(resolved)
+    memory = memory_estimate(resolved, list(nets.values()), total, trained, high)
+    lines = [
+        f"# parameters: {total:,} ({each}), of which {trained:,} are trained",
+        f"# memory: about {_bytes(memory['parameters'])} for parameters, gradients and optimiser, "
+        f"{_bytes(memory['batch'])} for the largest pass over a batch, besides the libraries themselves",
+        f"# decisions per update: {_span(low, high)}",
+        f"# updates: {updates_text(resolved, low, high)}",
+    ]
+    return dump_config(resolved) + "\n".join(lines)
+
+
+def decisions_per_update(resolved: Resolved) -> tuple[int, int | None]:
+    """Fewest and most decisions of one iteration (None: not known before it runs)."""
+    collect = resolved.settings.collect
+    group = int(getattr(resolved.method.sampler, "group_size", 1))
+    if resolved.task.domain == "text":
+        rows = collect.prompts * group
+        return rows, rows * collect.max_new_tokens
+    if Can.EPISODES in resolved.method.requires():
+        return collect.episodes * group, None
+    return (collect.envs * collect.steps,) * 2
+
+
+def updates_text(resolved: Resolved, low: int, high: int | None) -> str:
+    """How many updates the budget allows."""
+    budget = Budget.parse(resolved.settings.budget)
+    steps = _steps_per_update(resolved, high or low)
+    if budget.unit == "updates":
+        return f"{math.ceil(budget.amount):,}{steps}"
+    if budget.unit == "decisions":
+        most, least = math.ceil(budget.amount / low), math.ceil(budget.amount / high) if high else 1
+        return (f"{most:,}" if most == least else f"{least:,} to {most:,}, by the length of what is collected") + steps
+    return f"as many as fit into {budget}{steps}"
+
+
+def _steps_per_update(resolved: Resolved, decisions: int) -> str:
+    rows = resolved.settings.collect.prompts * int(getattr(resolved.method.sampler, "group_size", 1))
+    units = rows if resolved.task.domain == "text" else decisions
+    found = []
+    for u in resolved.method.updates:
+        size = u.minibatch or (math.ceil(units / u.minibatches) if u.minibatches else units)
+        found.append(f"{u.epochs * math.ceil(units / size)} of {u.name}")
+    return f" (gradient steps in each: {', '.join(found)})"
+
+
+def memory_estimate(resolved: Resolved, nets: list[nn.Module], total: int, trained: int, decisions: int | None) -> dict[str, int]:
+    """Bytes of parameters with gradients, two moments and a reference, and of the activations of the largest pass."""
+    reference = total if any(n.endswith("@ref") for n in resolved.method.needs()) else 0
+    widths = sum(
+        m.weight.shape[0] for net in nets for m in net.modules() if isinstance(m, nn.Linear | nn.Embedding) and m.weight.dim() == 2
+    )
+    optim, collect, update = resolved.settings.optim, resolved.settings.collect, resolved.method.update()
+    size = decisions or collect.envs * collect.steps
+    if resolved.task.domain == "text":
+        rows = min(
+            optim.micro or update.minibatch or size, collect.prompts * int(getattr(resolved.method.sampler, "group_size", 1))
+        )
+        size = rows * collect.max_new_tokens * 2  # the prompt is about as long as the answer
+    else:
+        size = min(size, update.minibatch or size)
+    return {"parameters": FLOAT * (total + 3 * trained + reference), "batch": FLOAT * 3 * size * widths}
+
+
+def _span(low: int, high: int | None) -> str:
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}" if high else f"at least {low:,}"
+
+
+def _bytes(n: float) -> str:
+    for unit in ("B", "KB", "MB"):
+        if n < 1000:
+            return f"{n:.0f} {unit}"
+        n /= 1000
+    return f"{n:.1f} GB"

@@ -1,0 +1,125 @@
+"""Commands that only show something: explain, diff, methods, tasks, parts, report."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+from typing import Any
+
+from polopt.errors import unknown
+
+
+def explain(args: argparse.Namespace) -> int:
+    """`polopt explain METHOD`."""
+    from polopt import api
+
+    print(api.explain(args.method))
+    return 0
+
+
+def diff(args: argparse.Namespace) -> int:
+    """`polopt diff A B`."""
+    from polopt import api
+
+    print(api.diff(args.a, args.b))
+    return 0
+
+
+def methods(args: argparse.Namespace) -> int:
+    """`polopt methods [--json]`."""
+    from polopt import api
+
+    found = api.methods()
+    if args.json:
+        print(json.dumps([_as_json(m) for m in found.values()], indent=2))
+        return 0
+    children: dict[str | None, list[str]] = {}
+    for name, m in found.items():
+        children.setdefault(m.parent.name if m.parent and m.parent.name in found else None, []).append(name)
+
+    def show(name: str, depth: int) -> None:
+        m = found[name]
+        about = m.title or next(iter(inspect.cleandoc(m.doc).splitlines()), "")
+        papers = ", ".join(str(x) for x in (m.paper, m.year) if x)
+        print(f"{'  ' * depth + name:<28} {about}{f' ({papers})' if papers else ''}")
+        for child in children.get(name, []):
+            show(child, depth + 1)
+
+    for root in children.get(None, []):
+        show(root, 0)
+    return 0
+
+
+def _as_json(method: Any) -> dict[str, Any]:
+    from polopt.paths import Slot, method_leaves
+
+    settings = {}
+    for path, leaf in method_leaves(method).items():
+        if isinstance(leaf.type, Slot):
+            value = leaf.value
+            settings[path] = [p.name for p in value] if isinstance(value, tuple) else value.name if value is not None else None
+        else:
+            settings[path] = leaf.value if isinstance(leaf.value, int | float | str | None) else str(leaf.value)
+    return {
+        "name": method.name,
+        "parent": method.parent.name if method.parent else None,
+        "title": method.title,
+        "paper": method.paper,
+        "year": method.year,
+        "family": method.family,
+        "builds_on": list(method.builds_on),
+        "claim": method.claim,
+        "requires": sorted(method.requires()),
+        "settings": settings,
+    }
+
+
+def tasks(args: argparse.Namespace) -> int:
+    """`polopt tasks [TASK]`."""
+    from polopt.tasks import make, task_names
+
+    if args.name is None:
+        for name, about in task_names().items():
+            print(f"{name:<10} {about}")
+        from polopt.tasks.text import text_names
+
+        print("\ntext tasks: " + ", ".join(text_names()))
+        print("'polopt tasks TASK' shows the options of one.")
+        return 0
+    task = make(args.name)
+    known: dict[str, Any] = getattr(task, "option_fields", dict)()
+    print(f"{task.name} ({task.domain}){'' if known else ': no options'}")
+    for name, (default, about) in known.items():
+        print(f"  --options.{name:<28} {about} [{default!r}]")
+    return 0
+
+
+def parts(args: argparse.Namespace) -> int:
+    """`polopt parts [SLOT]`."""
+    from polopt.part import KINDS, make_part, part_names
+
+    if args.kind is not None and args.kind not in KINDS:
+        raise unknown("slot", args.kind, KINDS)
+    for kind in KINDS if args.kind is None else (args.kind,):
+        names = part_names(kind)
+        print(f"{kind}:{'' if names else ' (none yet)'}")
+        for name in names:
+            try:
+                part = make_part(kind, name)
+            except TypeError:  # settings without a default
+                print(f"  {name}")
+                continue
+            about = next(iter(inspect.cleandoc(type(part).__doc__ or "").splitlines()), "")
+            print(f"  {name:<24} {about}")
+            print(f"  {'':<24} {part.describe()}")
+    return 0
+
+
+def report(args: argparse.Namespace) -> int:
+    """`polopt report RUN`."""
+    from polopt.evidence.report import make_report
+    from polopt.run import RunFolder
+
+    print(make_report(RunFolder.open(args.run).path))
+    return 0

@@ -1,0 +1,107 @@
+"""Commands that train or load a run: train (with its --help and --dry-run), resume, eval."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from polopt.cli.words import OWN
+from polopt.errors import CallError
+
+if TYPE_CHECKING:
+    from polopt.api import Run
+    from polopt.overrides import Layer, Resolved
+
+
+def train(args: argparse.Namespace, settings: dict[str, str]) -> int:
+    """`polopt train METHOD TASK ...`."""
+    help_wanted = settings.pop("help", None) is not None
+    resolved = resolve_call(args, settings)
+    if help_wanted:
+        from polopt.cli.fieldhelp import print_fields
+
+        print_fields(resolved)
+        return 0
+    if args.dry_run:
+        from polopt.cli.dryrun import dry_run
+
+        print(dry_run(resolved))
+        return 0
+    from polopt import api
+
+    out = Path(args.out) if args.out else api.default_out(resolved)
+    return _finish(_marked(out, lambda: api.launch(resolved, out=out, quiet=args.quiet)))
+
+
+def resolve_call(args: argparse.Namespace, settings: dict[str, str]) -> Resolved:
+    """The run that a command line asks for: its settings over those of --config."""
+    from polopt.config import Config, load_config
+    from polopt.overrides import resolve
+
+    config = load_config(args.config) if args.config else Config()
+    method, task = args.method or config.method, args.task or config.task
+    if args.method and args.task is None and config.task is None and ":" in args.method:
+        raise CallError(f"'{args.method}' is a task; the call is: polopt train METHOD TASK")
+    if method is None or task is None:
+        raise CallError(
+            "polopt train needs METHOD and TASK, e.g. polopt train ppo gym:CartPole-v1 (or --config FILE that names them)"
+        )
+    values = config.values
+    if args.method and config.method and args.method != config.method:
+        raise CallError(
+            f"--config {args.config} is for method '{config.method}', the command line says '{args.method}'; leave one away"
+        )
+    for path in settings:
+        if near := _flag_like(path):
+            raise CallError(f"unknown option --{path}, did you mean '{near}'?")
+    sources = dict.fromkeys(settings, "command line")
+    layers: list[Layer] = [(values, config.sources), (settings, sources)]
+    return resolve(method, task, layers, name=config.name)
+
+
+def _flag_like(path: str) -> str | None:
+    """The flag that a mistyped one means (`--dryrun`)."""
+    plain = {name.replace("-", ""): name for name in OWN if name != "-h"}
+    return plain.get(path.replace("-", "").replace("_", "").lower())
+
+
+def resume(args: argparse.Namespace) -> int:
+    """`polopt resume RUN [--budget MORE]`."""
+    from polopt import api
+
+    return _finish(_marked(Path(args.run), lambda: api.resume(args.run, budget=args.budget, quiet=args.quiet)))
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """`polopt eval RUN`: scores as JSON."""
+    from polopt import api
+
+    greedy = False if args.sample else None
+    found = api.evaluate(args.run, args.episodes, args.checkpoint, greedy=greedy, device=args.device)
+    print(json.dumps({k: round(v, 6) for k, v in found.items()}))
+    return 0
+
+
+def _marked(folder: Path, run: Any) -> Run:
+    """Run, and tell errors where the traceback lies."""
+    try:
+        found: Run = run()
+    except Exception as error:
+        if (folder / "error.txt").is_file() and not isinstance(error, CallError):
+            error.polopt_folder = folder  # type: ignore[attr-defined]
+        raise
+    return found
+
+
+def _finish(run: Run) -> int:
+    """Say how it ended and where it lies; the exit status."""
+    score = run.summary.get("eval_score")
+    shown = "" if score is None else f", held-out score {score:.4g}"
+    if run.summary["status"] == "interrupted":
+        print(f"polopt: interrupted, saved in {run.folder}; continue with: polopt resume {run.folder}", file=sys.stderr)
+        return 128 + (run.signal or 2)
+    print(f"{run.summary['status']}: {run.summary['updates']} updates, {run.summary['decisions']} decisions{shown}: {run.folder}")
+    return 0

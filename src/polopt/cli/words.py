@@ -1,0 +1,39 @@
+"""Nested settings among the words of a command line: `--surrogate.high 0.3`, `--surrogate.high=0.3`, `--policy.shared`."""
+
+from __future__ import annotations
+
+from polopt.errors import CallError
+
+#: Options of `train` that argparse reads; every other option is a setting. True: it takes a value.
+OWN = {"--out": True, "--config": True, "--dry-run": False, "--quiet": False, "--debug": False, "--help": False, "-h": False}
+
+
+def split_settings(words: list[str]) -> tuple[list[str], dict[str, str]]:
+    """Separate the settings of `polopt train ...` from the words that argparse reads.
+
+    A setting without a value, at the end or before another option, is `true`.
+    """
+    if words[:1] != ["train"]:
+        return words, {}
+    rest: list[str] = [words[0]]
+    settings: dict[str, str] = {}
+    todo = words[1:]
+    while todo:
+        word = todo.pop(0)
+        name, equals, value = word.partition("=")
+        if name in OWN:
+            rest.append(word)
+            if OWN[name] and not equals and todo:
+                rest.append(todo.pop(0))
+        elif word.startswith("--") and len(word) > 2:
+            if not equals:
+                value = todo.pop(0) if todo and not todo[0].startswith("--") else "true"
+            if (path := name[2:]) in settings:
+                raise CallError(f"{name} is given twice: {settings[path]} and {value}")
+            settings[path] = value
+        else:
+            rest.append(word)
+    return rest, settings
+
+
+__all__ = ["OWN", "split_settings"]
