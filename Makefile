@@ -1,0 +1,69 @@
+# polopt: `make demo` trains a small language model and writes a report; `make test` runs the tests. Both install first.
+PYTHON      ?= python3
+VENV        ?= .venv
+# Where to find torch: https://download.pytorch.org/whl/cpu is the small build for machines without a GPU.
+TORCH_INDEX ?=
+JOBS        ?= 2
+PYTEST_ARGS ?=
+
+DEMO_TASK   ?= text:spell_backward
+DEMO_ARGS   ?= --seed 0
+DEMO_OUT    ?= runs/demo
+
+BIN   := $(VENV)/bin
+PIP   := $(BIN)/python -m pip --disable-pip-version-check --quiet
+STAMP := $(VENV)/.installed
+
+.PHONY: help install demo test lint types imports docs bench torture lock clean
+help:
+	@echo "make demo     install, train GRPO on $(DEMO_TASK), write a report"
+	@echo "make test     install, run all tests"
+	@echo "make install  create $(VENV) from the lock file; then $(BIN)/polopt --help"
+	@echo "make lint types imports docs bench torture lock clean"
+
+install: $(STAMP)
+
+# The lock file has hashes for everything but torch, which comes last: by then all that it shares with others is pinned.
+$(STAMP): requirements.lock requirements-torch.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	  { echo "polopt needs Python 3.11 or newer, $(PYTHON) is $$($(PYTHON) --version 2>&1 || echo absent); try: make PYTHON=python3.12"; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing packages into $(VENV) ..."
+	@$(PIP) install --require-hashes --no-deps -r requirements.lock
+	@echo "installing torch (large; README.md says how to get the small build) ..."
+	@$(PIP) install -r requirements-torch.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+	@$(PIP) install --no-deps --no-build-isolation --editable .
+	@touch $(STAMP)
+
+demo: $(STAMP)
+	@rm -rf $(DEMO_OUT)
+	@$(BIN)/polopt train grpo $(DEMO_TASK) $(DEMO_ARGS) --out $(DEMO_OUT)
+	@$(BIN)/polopt report $(DEMO_OUT)
+
+test: $(STAMP)
+	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	@$(BIN)/python -m ruff check .
+	@$(BIN)/python -m ruff format --check --quiet .
+
+types: $(STAMP)
+	@$(BIN)/python -m mypy
+
+imports: $(STAMP)
+	@$(BIN)/lint-imports
+
+docs: $(STAMP)
+	@$(BIN)/python -m mkdocs build --strict --quiet
+
+bench: $(STAMP)
+	@$(BIN)/python benchmarks
+
+torture: $(STAMP)
+	@$(BIN)/python -m pytest -m torture tests/torture $(PYTEST_ARGS)
+
+lock:
+	@.ci/lock
+
+clean:
+	@rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
