@@ -134,7 +134,7 @@ PHYSICS = (
 
 
 def _save_physics(env: Any) -> State:
-    import mujoco  # type: ignore[import-untyped]
+    import mujoco
 
     spec = mujoco.mjtState.mjSTATE_INTEGRATION
     state = np.empty(mujoco.mj_stateSize(env.model, spec))

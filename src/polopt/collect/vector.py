@@ -69,6 +69,11 @@ class VectorCollector:
         self._costs = {"decisions": 0, "env_steps": 0}
 
     # ---------------------------------------------------------------- the protocol
+    @property
+    def want(self) -> int:
+        """Items per iteration: start seeds where episodes are whole, else running environments."""
+        return self.settings.collect.episodes if self.whole else self.settings.collect.envs
+
     def draw(self, n: int) -> list[int | None]:
         """n fresh start seeds, or with fragments n times "any running environment"."""
         if not self.whole:
@@ -91,7 +96,8 @@ class VectorCollector:
             batch = batch.with_key("item", torch.tensor([r.item for r in requests])[group])
         batch = batch.to(self.policy.device)
         found = self.policy.evaluate(batch, frozenset({"logp"}) | self.also, OLD)
-        return batch.adding({"logp@behaviour" if k == "logp" else f"{k}@old": v for k, v in found.items()})
+        # the policy acted with the parameters that the update starts from: both views are this one pass
+        return batch.adding({"logp@behaviour": found["logp"], **{f"{k}@old": v for k, v in found.items()}})
 
     def evaluate(self, episodes: int) -> dict[str, float]:
         """Mean return ("score"), its deviation over episodes, and mean length, from the same held-out seeds each time."""
