@@ -190,7 +190,8 @@ class Batch:
 
     def outcome(self) -> Float[Tensor, " B"]:
         """Sum of all rewards of each row over valid decisions and channels."""
-        return (self.scalar_reward() * self.mask).sum(1)
+        reward = self.scalar_reward()
+        return torch.where(self.mask, reward, torch.zeros_like(reward)).sum(1)
 
     def scalar_reward(self) -> Float[Tensor, "B T"]:
         """Rewards with channels added up."""
@@ -220,6 +221,8 @@ class Batch:
         without members, and a variance with at most `ddof` members, is 0. `leave_one_out` (mean and sum only) leaves
         each member itself out. Gradients flow to the members.
         """
+        if leave_one_out and how not in ("mean", "sum"):
+            raise CallError(f"pool: leave_one_out works with how='mean' or 'sum', not '{how}'")
         valid = self.mask if valid is None else valid
         rows_only = x.dim() == 1
         if rows_only and by in ("row", "segment"):
@@ -312,13 +315,13 @@ class Batch:
             values = [pick(b) for b in padded]
             return None if any(v is None for v in values) else _cat_tree(values)
 
-        group: Tensor | None = None
-        if all(b.group is not None for b in padded):
-            start, ids = 0, []
-            for b in padded:
-                ids.append(b.group + start)
-                start += b.units["group"]
-            group = torch.cat(ids)
+        def table(pick: Callable[[Batch], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+            tables = [pick(b) for b in padded]
+            return {k: torch.cat([t[k] for t in tables]) for k in tables[0] if all(k in t for t in tables)}
+
+        groups = [b.group for b in padded if b.group is not None]
+        starts = [sum(b.units["group"] for b in padded[:i]) for i in range(len(padded))] if len(groups) == len(padded) else []
+        group = torch.cat([g + s for g, s in zip(groups, starts, strict=True)]) if starts else None
         sizes = {k: sum(b.units[k] for b in padded) if k == "group" else max(b.units[k] for b in padded) for k in first.units}
         return replace(
             first,
@@ -326,9 +329,7 @@ class Batch:
             terminated=join(lambda b: b.terminated), truncated=join(lambda b: b.truncated),
             group=group, segment=join(lambda b: b.segment),
             source=join(lambda b: b.source), version=join(lambda b: b.version),
-            stats={k: join(lambda b, k=k: b.stats[k]) for k in first.stats if all(k in b.stats for b in padded)},
-            keys={k: join(lambda b, k=k: b.keys[k]) for k in first.keys if all(k in b.keys for b in padded)},
-            row={k: join(lambda b, k=k: b.row[k]) for k in first.row if all(k in b.row for b in padded)},
+            stats=table(lambda b: b.stats), keys=table(lambda b: b.keys), row=table(lambda b: b.row),
             obs=join(lambda b: b.obs), action=join(lambda b: b.action),
             context={k: _cat_left([b.context[k] for b in padded]) for k in first.context},
             final=None,
@@ -387,7 +388,7 @@ def place_reward(reward: Tensor, mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B 
     reward = reward.to(torch.get_default_dtype()) if not reward.is_floating_point() else reward
     b, t = mask.shape
     if tuple(reward.shape) == (b,):
-        return (last_valid(mask) * reward[:, None])[..., None]
+        return torch.where(last_valid(mask), reward[:, None], torch.zeros_like(reward[:, None]))[..., None]
     if tuple(reward.shape) == (b, t):
         return reward[..., None]
     if reward.dim() == 3 and tuple(reward.shape[:2]) == (b, t):
@@ -418,7 +419,8 @@ def _common_shape(table: Mapping[str, Tensor], mask: Tensor | None, reward: Tens
     if len(set(shapes.values())) > 1:
         raise CallError(f"statistics disagree on [B,T]: {shapes}")
     if shapes:
-        return next(iter(shapes.values()))
+        b, t = next(iter(shapes.values()))
+        return int(b), int(t)
     if mask is not None:
         b, t = torch.as_tensor(mask).shape
         return int(b), int(t)
@@ -465,8 +467,6 @@ def _pool_index(x: Tensor, m: Tensor, unit: Tensor, size: int, how: str, ddof: i
 def _combine(
     xs: Tensor, w: Tensor, total: Tensor, n: Tensor, how: str, ddof: int, loo: bool, add: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    if loo and how not in ("mean", "sum"):
-        raise CallError(f"pool: leave_one_out works with how='mean' or 'sum', not '{how}'")
     if how == "sum":
         return total - xs if loo else total
     if how == "mean":
@@ -475,7 +475,8 @@ def _combine(
         raise CallError(f"pool: unknown how='{how}'; known: mean, sum, std, var, max, min, count")
     centred = (xs - total / n.clamp(min=1)) * w  # two passes: exact for equal values up to rounding of the mean
     var = add(centred * centred) / (n - ddof).clamp(min=1) * (n > ddof)
-    return var if how == "var" else var.sqrt()
+    # the root has an infinite slope at 0, which would make gradients of equal members NaN
+    return var if how == "var" else torch.where(var > 0, var, torch.ones_like(var)).sqrt() * (var > 0)
 
 
 def _pad_axis(x: Tensor, extra: int, *, left: bool) -> Tensor:

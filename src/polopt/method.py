@@ -219,7 +219,8 @@ class Method:
             for term in u.terms:
                 if term not in ("surrogate", "penalty", "critic"):
                     raise unknown(f"term of update '{u.name}'", term, ("surrogate", "penalty", "critic"))
-            for path, part in [*self.slots(u).acting(), ("rule", u.rule), ("advantage", self.slots(u).advantage)]:
+            before = [("sampler", self.sampler), *((f"reward.{p.name}", p) for p in self.reward), ("advantage", self.slots(u).advantage)]
+            for path, part in [*before, *self.slots(u).acting(), ("rule", u.rule)]:
                 validate = getattr(part, "validate", None)
                 if validate and (problem := validate(self, u)):
                     raise CallError(f"{self.name}: {path} '{part.name}' in update '{u.name}': {problem}")

@@ -5,23 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from polopt.batch import Batch, last_valid
 from polopt.part import Can, Part, Range, register_part
-from polopt.parts.advantage.scan import discounted_sum, standardised
+from polopt.parts.advantage.scan import chain, discounted_sum, ends, standardised
 from polopt.parts.shapes import assert_decisions, keep
 
 VALUES = frozenset({"value@old", "value_next@old"})
-
-
-def ends(batch: Batch) -> tuple[Bool[Tensor, "B T"], Bool[Tensor, "B T"]]:
-    """(terminated, terminated or truncated): where the return ends, and where its sum is cut."""
-    none = torch.zeros_like(batch.mask)
-    terminated = none if batch.terminated is None else batch.terminated
-    return terminated, terminated if batch.truncated is None else terminated | batch.truncated
 
 
 @register_part("advantage", "gae")
@@ -39,7 +31,6 @@ class GAE(Part):
     lam: Annotated[float, Range(ge=0, le=1), "0: one-step (low variance), 1: Monte Carlo minus value (no bias)"] = 0.95
     standardise: Annotated[bool, "zero mean and unit deviation over the batch"] = False
     equation: ClassVar[str] = "A_t = sum_l (gamma lam)^l delta_{t+l},  delta_t = r_t + gamma V(s_{t+1})(1 - terminated_t) - V(s_t)"
-    rows: ClassVar[bool] = False
 
     @property
     def needs(self) -> frozenset[str]:
@@ -57,8 +48,8 @@ class GAE(Part):
         assert_decisions(batch, **{"value@old": value, "value_next@old": after})
         terminated, end = ends(batch)
         delta = batch.scalar_reward() + self.gamma * after.masked_fill(terminated, 0.0) - value
-        carry = torch.where(batch.mask, self.gamma * self.lam, 1.0).to(delta.dtype).masked_fill(end, 0.0)
-        return keep(batch.mask, discounted_sum(keep(batch.mask, delta), carry))
+        delta = keep(batch.mask, delta)
+        return keep(batch.mask, discounted_sum(delta, chain(batch, self.gamma * self.lam, end, delta)))
 
     def __call__(self, batch: Batch) -> Float[Tensor, "B T"]:
         """Advantages of the batch."""
@@ -100,9 +91,8 @@ class NStep(Part):
         terminated, end = ends(batch)
         end = end | last_valid(batch.mask)
         bootstrap = keep(end & ~terminated, after)
-        carry = torch.where(batch.mask, self.gamma, 1.0).to(after.dtype).masked_fill(end, 0.0)
-        found = discounted_sum(keep(batch.mask, batch.scalar_reward() + self.gamma * bootstrap), carry)
-        return keep(batch.mask, found)
+        gain = keep(batch.mask, batch.scalar_reward() + self.gamma * bootstrap)
+        return keep(batch.mask, discounted_sum(gain, chain(batch, self.gamma, end, gain)))
 
     def __call__(self, batch: Batch) -> Float[Tensor, "B T"]:
         """Advantages of the batch."""

@@ -5,14 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from polopt.batch import Batch
 from polopt.part import Can, Part, Range, register_part, register_preset
-from polopt.parts.advantage.gae import ends
-from polopt.parts.advantage.scan import discounted_sum, standardised
+from polopt.parts.advantage.scan import chain, discounted_sum, ends, standardised
 from polopt.parts.shapes import keep
 
 
@@ -44,9 +42,7 @@ class MonteCarlo(Part):
     def returns(self, batch: Batch) -> Float[Tensor, "B T"]:
         """Returns without baseline: what the critic regresses to."""
         reward = keep(batch.mask, batch.scalar_reward())
-        _, end = ends(batch)
-        carry = torch.where(batch.mask, self.gamma, 1.0).to(reward.dtype).masked_fill(end, 0.0)
-        found = discounted_sum(reward, carry)
+        found = discounted_sum(reward, chain(batch, self.gamma, ends(batch)[1], reward))
         return keep(batch.mask, found[:, :1].expand_as(found) if self.credit == "whole" else found)
 
     def __call__(self, batch: Batch) -> Float[Tensor, "B T"]:

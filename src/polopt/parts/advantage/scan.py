@@ -1,9 +1,9 @@
-"""Discounted sums along the decision axis in log2(T) steps, and standardisation."""
+"""Where returns end, discounted sums along the decision axis in log2(T) steps, and standardisation."""
 
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from polopt.batch import Batch
@@ -19,6 +19,28 @@ def discounted_sum(x: Float[Tensor, "B T"], carry: Float[Tensor, "B T"]) -> Floa
         carry = torch.cat([carry[:, :-span] * carry[:, span:], carry[:, -span:]], 1)
         span *= 2
     return x
+
+
+def ends(batch: Batch) -> tuple[Bool[Tensor, "B T"], Bool[Tensor, "B T"]]:
+    """(terminated, terminated or truncated) of valid decisions: where the return ends, and where its sum is cut.
+
+    An end that follows a decision of the policy after others that were not its own (tool text) is an end of that decision.
+    """
+    none = torch.zeros_like(batch.mask)
+    terminated = none if batch.terminated is None else _of_valid(batch.terminated, batch.mask)
+    truncated = none if batch.truncated is None else _of_valid(batch.truncated, batch.mask)
+    return terminated, terminated | truncated
+
+
+def _of_valid(flags: Bool[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
+    others = (~mask).float()
+    pending = discounted_sum(flags * others, others) > 0  # an end before the next valid decision
+    return mask & (flags | torch.cat([pending[:, 1:], torch.zeros_like(pending[:, :1])], 1))
+
+
+def chain(batch: Batch, factor: float, end: Bool[Tensor, "B T"], like: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    """What a decision keeps of the sum after it: `factor`, 0 at an end, all of it where the policy did not decide."""
+    return torch.full_like(like, factor).masked_fill(end, 0.0).masked_fill(~batch.mask, 1.0)
 
 
 def standardised(x: Float[Tensor, "B T"], batch: Batch, eps: float = 1e-8) -> Float[Tensor, "B T"]:
