@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from toy_envs import register
+from collect.toy_envs import register
 
 from polopt.batch import Batch, Clock
 from polopt.collect.vector import TRAIN_SEEDS, VectorCollector

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from toy_envs import register
+from collect.toy_envs import register
 
 from polopt.batch import Batch, Clock
 from polopt.collect.vector import VectorCollector
@@ -104,7 +104,7 @@ def test_what_cannot_be_saved_starts_anew_and_says_so(tmp_path: Path) -> None:
 
 def test_an_environment_may_save_itself(tmp_path: Path) -> None:
     import gymnasium as gym
-    from toy_envs import Counter
+    from collect.toy_envs import Counter
 
     class Saving(Counter):
         def save_state(self) -> dict[str, int]:

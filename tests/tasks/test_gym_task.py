@@ -2,15 +2,12 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from collect.toy_envs import register
 
 from polopt.errors import CallError
 from polopt.tasks.gym import GymTask
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "collect"))
-from toy_envs import register
 
 register()
 
