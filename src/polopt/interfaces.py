@@ -38,7 +38,7 @@ class Plan:
 
     want: int
     draw: Callable[[int], list[int | None]]
-    clock: Clock = Clock()
+    clock: Clock = field(default_factory=Clock)
 
 
 #: What a sampler returns when called: a generator that yields requests, is sent scored batches, and returns named batches.
@@ -93,6 +93,11 @@ class Collector(Protocol):
     """Answers requests by acting in the task; stores the sampler's own log-probabilities as `logp@behaviour`."""
 
     exact: bool  # False once an environment state could not be restored
+
+    @property
+    def want(self) -> int:
+        """Items per iteration: prompts, start seeds, or running environments."""
+        ...
 
     def draw(self, n: int) -> list[int | None]:
         """The next n items of the shuffled stream (None: any running environment)."""

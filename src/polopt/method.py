@@ -219,7 +219,11 @@ class Method:
             for term in u.terms:
                 if term not in ("surrogate", "penalty", "critic"):
                     raise unknown(f"term of update '{u.name}'", term, ("surrogate", "penalty", "critic"))
-            before = [("sampler", self.sampler), *((f"reward.{p.name}", p) for p in self.reward), ("advantage", self.slots(u).advantage)]
+            before = [
+                ("sampler", self.sampler),
+                *((f"reward.{p.name}", p) for p in self.reward),
+                ("advantage", self.slots(u).advantage),
+            ]
             for path, part in [*before, *self.slots(u).acting(), ("rule", u.rule)]:
                 validate = getattr(part, "validate", None)
                 if validate and (problem := validate(self, u)):
@@ -231,7 +235,9 @@ class Method:
         for path, part in self.parts().items():
             if lacking := sorted(part.requires & missing):
                 need = " and ".join(REASONS.get(c, c.value) for c in lacking)
-                raise CallError(f"{self.name} cannot run on {what}: its {path} '{part.name}' needs {need}, which {what} does not offer")
+                raise CallError(
+                    f"{self.name} cannot run on {what}: its {path} '{part.name}' needs {need}, which {what} does not offer"
+                )
 
     # ---------------------------------------------------------------- computing
     def memory(self) -> Memory:

@@ -118,7 +118,7 @@ def loss(
         terms["critic"] = add_up(run("critic", slots.critic))
     if not terms:
         raise CallError(f"{method.name}: update '{update.name}' has no active term among {update.terms}")
-    total = torch.stack([t for t in terms.values()]).sum()
+    total = torch.stack(list(terms.values())).sum()
     with torch.no_grad():
         info = {f"loss/{k}": v.detach() for k, v in terms.items()}
         info |= diagnose(slots, batch, now, advantage, valid, totals)

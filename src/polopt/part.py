@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 import inspect
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from enum import StrEnum
-from typing import Any, ClassVar, Literal, Self, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypeVar, cast
 
 from torch import Tensor
 
@@ -18,7 +18,8 @@ Moment = Literal["drawn", "scored", "minibatch", "stepped", "evaluated"]
 
 #: The slots of a method, in the order in which they act.
 KINDS = (
-    "sampler", "decoder", "source", "reward", "advantage", "select", "weight", "surrogate", "penalty", "critic", "aggregate", "rule",
+    "sampler", "decoder", "source", "reward", "advantage", "select", "weight", "surrogate", "penalty", "critic",
+    "aggregate", "rule",
 )  # fmt: skip
 
 
@@ -69,7 +70,7 @@ class Range:
 
 
 @functools.cache
-def hints(cls: type) -> dict[str, Any]:
+def hints(cls: Hashable) -> dict[str, Any]:
     """Resolved annotations of a dataclass, with `Annotated` metadata kept."""
     return typing.get_type_hints(cls, include_extras=True)
 
@@ -77,7 +78,7 @@ def hints(cls: type) -> dict[str, Any]:
 def check_fields(owner: object, where: str) -> None:
     """Raise `CallError` naming the field, its value and its bounds when a number is out of its declared `Range`."""
     for f in fields(owner):  # type: ignore[arg-type]
-        hint, value = hints(type(owner)).get(f.name), getattr(owner, f.name)
+        hint, value = hints(cast(Hashable, type(owner))).get(f.name), getattr(owner, f.name)
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue
         for bound in getattr(hint, "__metadata__", ()):
@@ -99,6 +100,8 @@ class Part:
     host: ClassVar[bool] = False  # True: cannot be traced (Python control flow on values)
     rows: ClassVar[bool] = False  # True: works on whole rows, so minibatches must not cut them into single decisions
     moments: ClassVar[frozenset[str]] = frozenset()  # at which moments `observe` must be called
+    if typing.TYPE_CHECKING:
+        __call__: ClassVar[Callable[..., Any]]  # every kind but rules is called; see `call`
 
     @property
     def needs(self) -> frozenset[str]:

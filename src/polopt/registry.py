@@ -27,7 +27,7 @@ def register(method: Method) -> Method:
 
 @functools.cache
 def load_everything() -> None:
-    """Import every part and method of the library, and those that installed packages announce as `polopt.parts`/`polopt.methods`."""
+    """Import all parts and methods, those of installed packages (entry points polopt.parts, polopt.methods) included."""
     for package in ("polopt.parts", "polopt.methods"):
         root = importlib.import_module(package)
         for info in pkgutil.walk_packages(root.__path__, package + "."):

@@ -121,7 +121,9 @@ class RunFolder:
         if folder.path.exists() and not folder.path.is_dir():
             raise CallError(f"--out {folder.path} is a file; give a folder that does not exist yet")
         if (folder.path / "config.yaml").exists() or folder.checkpoints.exists():
-            raise CallError(f"{folder.path} already holds a run: continue it with 'polopt resume {folder.path}' or choose another --out")
+            raise CallError(
+                f"{folder.path} already holds a run: continue it with 'polopt resume {folder.path}' or choose another --out"
+            )
         try:
             folder.checkpoints.mkdir(parents=True)
         except OSError as error:

@@ -21,7 +21,10 @@ class CollectSettings(_Section):
     envs: Annotated[int, Range(ge=1), "parallel environments (control)"] = 8
     steps: Annotated[int, Range(ge=1), "decisions per environment and iteration (control, unless whole episodes are needed)"] = 128
     episodes: Annotated[int, Range(ge=1), "start seeds per iteration where whole episodes are needed (control)"] = 8
-    vectorize: Annotated[Literal["sync", "async", "native"], "how environments are stepped: one by one in this process, in processes, or by the environment's own vector form"] = "sync"
+    vectorize: Annotated[
+        Literal["sync", "async", "native"],
+        "how environments are stepped: one by one in this process, in processes, or by the environment's own vector form",
+    ] = "sync"
     prompts: Annotated[int, Range(ge=1), "prompts per iteration (text)"] = 16
     max_new_tokens: Annotated[int, Range(ge=1), "generation limit (text)"] = 32
     temperature: Annotated[float, Range(gt=0), "sampling temperature (text)"] = 1.0
@@ -39,12 +42,18 @@ class PolicySettings(_Section):
     hidden: Annotated[tuple[int, ...], "widths of hidden layers (control)"] = (64, 64)
     activation: Annotated[Literal["tanh", "relu", "elu", "silu"], "between hidden layers (control)"] = "tanh"
     shared: Annotated[bool, "policy and value share hidden layers (control)"] = False
-    distribution: Annotated[Literal["auto", "categorical", "gaussian", "squashed"], "of actions; auto follows the action space (control)"] = "auto"
+    distribution: Annotated[
+        Literal["auto", "categorical", "gaussian", "squashed"],
+        "of actions; auto follows the action space (control)",
+    ] = "auto"
     log_std: Annotated[float, "initial log standard deviation (control, continuous)"] = 0.0
     normalize_obs: Annotated[bool, "standardise observations by running statistics, saved with the policy (control)"] = False
     normalize_reward: Annotated[bool, "divide rewards by the running deviation of the discounted return (control)"] = False
     model: Annotated[str, "path or id of a causal language model; tiny is the shipped one (text)"] = "tiny"
-    engine: Annotated[Literal["auto", "fast", "general"], "fast forward for known architectures, or the model's own (text)"] = "auto"
+    engine: Annotated[
+        Literal["auto", "fast", "general"],
+        "fast forward for known architectures, or the model's own (text)",
+    ] = "auto"
     lora: Annotated[int, Range(ge=0), "rank of LoRA adapters; 0 trains all parameters (text)"] = 0
     lora_alpha: Annotated[float, Range(gt=0), "scale of LoRA adapters (text)"] = 16.0
     dtype: Annotated[Literal["float32", "bfloat16"], "bfloat16 runs the language model under autocast (text)"] = "float32"
@@ -55,8 +64,16 @@ class OptimSettings(_Section):
     """How updates are carried out; nothing here changes a loss or its gradient."""
 
     micro: Annotated[int | None, Range(ge=1), "rows per forward pass; gradients are accumulated (text)"] = None
-    compile: Annotated[Literal["auto", "never", "always"], "trace updates into one graph; auto: when the run is long enough to pay"] = "auto"
-    compile_from: Annotated[int | None, Range(ge=0), "iteration at which compiled updates start; set by auto and kept for resuming"] = None
+    compile: Annotated[
+        Literal["auto", "never", "always"],
+        "trace updates into one graph; auto: when the run is long enough to pay",
+    ] = "auto"
+    compile_from: Annotated[
+        int | None,
+        Range(ge=0),
+        "iteration at which compiled updates start; none: the first, where compiling pays",
+    ] = None
+    compile_steps: Annotated[int | None, Range(ge=1), "gradient steps per compiled graph; none: by the length of the run"] = None
 
 
 @dataclass(frozen=True)

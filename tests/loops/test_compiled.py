@@ -65,7 +65,7 @@ def trained(method: Method, compiled: list[bool], **policy: Any) -> tuple[torch.
     info: dict[str, torch.Tensor] = {}
     for i, how in enumerate(compiled):
         batch, advantage = batch_of(net, method, i)
-        info = executor.run(batch, advantage, Clock(i, 0.1 * i), compiled=how)
+        info = executor.run(batch, advantage, Clock(i, 0.1 * i), compiled=4 if how else 0)
     return flat.data.clone(), info, executor
 
 
@@ -107,7 +107,7 @@ def test_observation_statistics_are_inputs_not_constants() -> None:
         executor = Executor(method, method.update(), net, flat, method.memory(), OptimSettings(), g, g)
         for i in range(3):
             batch, advantage = batch_of(net, method, i)
-            executor.run(batch, advantage, Clock(i, 0.0), compiled=compiled)
+            executor.run(batch, advantage, Clock(i, 0.0), compiled=4 if compiled else 0)
             net.remember(replace(batch, obs=3 * batch.obs + i))
         return flat.data.clone()
 
@@ -124,7 +124,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing() -> None:
         batch, advantage = batch_of(net, method, 0)
         before = flat.data.clone()
         assert advantage is not None
-        info = executor.run(batch, advantage * float("inf"), Clock(), compiled=compiled)
+        info = executor.run(batch, advantage * float("inf"), Clock(), compiled=4 if compiled else 0)
         assert float(info["skipped"]) == 1.0
         assert torch.equal(flat.data, before)
 

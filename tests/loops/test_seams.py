@@ -151,7 +151,11 @@ class OnlyFresh(KeepPrevious):
 def pipo(lr: float, window: int = 2) -> Method:
     base = get_method("grpo").but("base", penalty=(), rule=SGD)
     verify = Update(
-        "verify", on="previous", terms=("surrogate",), advantage=Verified(window=window), rule=Descend(optimizer="sgd", lr=lr, max_grad_norm=None)
+        "verify",
+        on="previous",
+        terms=("surrogate",),
+        advantage=Verified(window=window),
+        rule=Descend(optimizer="sgd", lr=lr, max_grad_norm=None),
     )
     return base.but("pipo", source=OnlyFresh(), updates=(verify, *base.updates))
 

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from polopt.loops.executor import Executor
 
 BACKEND = "inductor"
-MOST_STEPS = 8  # minibatches per graph: more cost compile time and gain little
 COLUMNS = tuple(
     f.name for f in fields(Batch) if f.name not in ("context", "final", "units", "horizon", "clock")
 )  # what has a leading row axis
@@ -43,9 +42,9 @@ def can_compile(executor: Executor) -> bool:
     )
 
 
-def steps_per_graph(steps: int) -> int:
-    """The largest number of steps up to `MOST_STEPS` that divides `steps`."""
-    return max(k for k in range(1, MOST_STEPS + 1) if steps % k == 0)
+def steps_per_graph(steps: int, most: int) -> int:
+    """The largest number of steps up to `most` that divides `steps`."""
+    return max(k for k in range(1, most + 1) if steps % k == 0)
 
 
 class CompiledSteps:
@@ -75,7 +74,7 @@ class CompiledSteps:
         return {**rest, **dict(self.policy.named_buffers())}
 
     def run(
-        self, batch: Batch, advantage: Tensor | None, clock: Clock, size: int,
+        self, batch: Batch, advantage: Tensor | None, clock: Clock, size: int, most: int,
         eager: Callable[[Batch, Tensor | None], tuple[Diagnostics, list[Tensor]]],
     ) -> tuple[Diagnostics, list[Tensor], int, int]:  # fmt: skip
         """Make all steps on `batch`; a last smaller minibatch of an epoch goes through `eager`.
@@ -87,16 +86,17 @@ class CompiledSteps:
         full = units // size
         whole = full == 1 and units == size
         per_epoch_stop = e.update.target_kl is not None or units % size > 0
-        k = steps_per_graph(full if per_epoch_stop else full * epochs)
+        k = steps_per_graph(full if per_epoch_stop else full * epochs, most)
         columns = {c: v for c in COLUMNS if (v := getattr(batch, c)) is not None and not (isinstance(v, Mapping) and not v)}
-        rate = torch.tensor(e.update.rule.rate(float(clock.fraction)))  # type: ignore[attr-defined]
+        rule: Any = e.update.rule
+        rate = torch.tensor(rule.rate(float(clock.fraction)))
         fraction = torch.tensor(float(clock.fraction))
-        fixed, memory, state = self.fixed(), e.memory.state(), e.stepper.tensors()  # type: ignore[attr-defined]
+        fixed, memory, state = self.fixed(), e.memory.state(), e.stepper.tensors()
         total: Diagnostics = {}
         ratios: list[Tensor] = []
         pending: list[Tensor] = []
         steps = 0
-        for epoch in range(epochs):
+        for epoch in range(1, epochs + 1):
             before = total.get("kl_old", torch.zeros(())).clone() if e.update.target_kl is not None else None
             order = torch.arange(units) if whole else torch.randperm(units, generator=e.shuffle)
             order = order.to(batch.mask.device)
@@ -123,7 +123,7 @@ class CompiledSteps:
                 per_epoch = full + (units % size > 0)
                 if float(total["kl_old"] - before) / per_epoch > e.update.target_kl:
                     break
-        return total, ratios + rest_ratios, steps, epoch + 1
+        return total, ratios + rest_ratios, steps, epoch
 
     # ---------------------------------------------------------------- tracing
     def graph(self, inputs: tuple[Any, ...], batch: Batch) -> Callable[..., Any]:
@@ -183,7 +183,7 @@ class CompiledSteps:
             warnings.simplefilter("ignore")
             traced = make_fx(steps, tracing_mode="fake")(*inputs)
         # a C++ driver around the kernels halves the cost of a small CPU graph
-        options = {"cpp_wrapper": True} if BACKEND == "inductor" and self.span.device.type == "cpu" else None
+        options: dict[str, Any] | None = {"cpp_wrapper": True} if BACKEND == "inductor" and self.span.device.type == "cpu" else None
         compiled = torch.compile(traced, fullgraph=True, dynamic=False, backend=BACKEND, options=options)
 
         def quiet(*args: Any) -> Any:

@@ -66,7 +66,7 @@ class Problem:
         self.log_ratio.clear()
         for batch, advantage in self._micro():
             loss, info, batch, now = self._loss(batch, advantage)
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             add_up(total, {"loss": loss.detach(), **info})
             if "logp" in now and "logp@old" in batch.stats:
                 self.log_ratio.append((now["logp"].detach() - batch.stats["logp@old"])[batch.mask])
@@ -133,8 +133,11 @@ class Executor:
         flat = batch.decisions()
         return flat, None if advantage is None else flat.stats["advantage"]
 
-    def run(self, batch: Batch, advantage: Tensor | None, clock: Clock, *, compiled: bool) -> Diagnostics:
-        """Make all steps of this update on `batch`; diagnostics are means over steps, ratio quantiles of the last epoch."""
+    def run(self, batch: Batch, advantage: Tensor | None, clock: Clock, *, compiled: int = 0) -> Diagnostics:
+        """Make all steps of this update on `batch`, in graphs of up to `compiled` steps (0: eagerly).
+
+        Diagnostics are means over steps; ratio quantiles are those of the last epoch.
+        """
         batch, advantage = self.prepare(batch, advantage)
         units = batch.shape[0]
         if units == 0:
@@ -143,20 +146,20 @@ class Executor:
         self.old_is_now = "logp@old" not in batch.stats and self.single_step(units)
         if compiled and can_compile(self):
             self.compiled = self.compiled or CompiledSteps(self)
-            total, ratios, steps, epochs = self.compiled.run(batch, advantage, clock, size, lambda b, a: self._step(b, a, clock))
+            total, ratios, steps, epochs = self.compiled.run(
+                batch, advantage, clock, size, compiled, lambda b, a: self._step(b, a, clock)
+            )
         else:
             total, ratios, steps, epochs = self._eager(batch, advantage, clock, size)
         means = {k: v / steps for k, v in total.items()}
         return {**means, **quantiles(ratios), "epochs": torch.tensor(float(epochs))}
 
-    def _eager(
-        self, batch: Batch, advantage: Tensor | None, clock: Clock, size: int
-    ) -> tuple[Diagnostics, list[Tensor], int, int]:
+    def _eager(self, batch: Batch, advantage: Tensor | None, clock: Clock, size: int) -> tuple[Diagnostics, list[Tensor], int, int]:
         """All steps one by one: sums of diagnostics, log-ratios of the last epoch, steps and epochs made."""
         total: Diagnostics = {}
         ratios: list[Tensor] = []
         steps = 0
-        for epoch in range(self.update.epochs):
+        for epoch in range(1, self.update.epochs + 1):
             ratios.clear()
             kl, inside = torch.zeros(()), 0
             for part, adv in self._minibatches(batch, advantage, size):
@@ -170,7 +173,7 @@ class Executor:
             steps += inside
             if self.update.target_kl is not None and float(kl) / inside > self.update.target_kl:
                 break
-        return total, ratios, steps, epoch + 1
+        return total, ratios, steps, epoch
 
     def _step(self, batch: Batch, advantage: Tensor | None, clock: Clock) -> tuple[Diagnostics, list[Tensor]]:
         problem = Problem(self, batch, advantage, clock)

@@ -19,7 +19,7 @@ from polopt.interfaces import Event, Observer, Plan, State, Task
 from polopt.loops.build import make_collector, make_policy
 from polopt.loops.executor import Executor
 from polopt.loops.flat import FlatParameters
-from polopt.loops.plan import compile_from
+from polopt.loops.plan import Compile, compile_plan
 from polopt.method import Method, Update
 from polopt.part import Moment, call
 from polopt.run import Budget, Ledger, RunFolder, Streams, environment, finite, peak_rss
@@ -60,7 +60,7 @@ class Improve:
             )
             for u in method.updates
         }  # fmt: skip
-        self.compile_from = compile_from(settings, self.executors.values(), self.budget)
+        self.compile = compile_plan(method, task, settings, self.executors.values())
         self.store: dict[str, Batch] = {}
         self.updates = 0
         self.seconds = 0.0
@@ -83,7 +83,7 @@ class Improve:
         ready = [self.prepare(u, batches[u.on], first=i == 0) for i, u in enumerate(due)]
         for batch in {**batches, **{u.on: r[0] for u, r in zip(due, ready, strict=True)}}.values():
             self.observe("scored", objective.shaped(self.method, batch, self.memory))
-        compiled = self.compile_from is not None and self.updates >= self.compile_from
+        compiled = self.compile.steps if self.compile.start is not None and self.updates >= self.compile.start else 0
         for update, (batch, advantage, known) in zip(due, ready, strict=True):
             found = known | self.executors[update.name].run(batch, advantage, clock, compiled=compiled)
             self.charge_pass(batch, update.epochs)
@@ -116,7 +116,7 @@ class Improve:
                 batches: dict[str, Batch] = stop.value
                 break
             answer = self.collector.answer(requests, clock=clock)
-        batches = {k: replace(b, clock=clock) for k, b in self.method.source(batches, self.store).items()}  # type: ignore[operator]
+        batches = {k: replace(b, clock=clock) for k, b in self.method.source(batches, self.store).items()}
         for batch in batches.values():
             self.observe("drawn", batch)
         return batches
@@ -278,7 +278,7 @@ class Improve:
             "collector": self.collector.state(),
             "clock": {"updates": self.updates, "seconds": self.seconds, "spent": dict(self.ledger.spent)},
             "scores": dict(self.scores),
-            "compile_from": self.compile_from,
+            "compile": {"start": self.compile.start, "steps": self.compile.steps},
         }
 
     def load(self, state: State) -> None:
@@ -299,7 +299,7 @@ class Improve:
         self.updates, self.seconds = state["clock"]["updates"], state["clock"]["seconds"]
         self.ledger.spent = dict(state["clock"]["spent"])
         self.scores = dict(state["scores"])
-        self.compile_from = state["compile_from"]
+        self.compile = Compile(**state["compile"])
         self._saved_at = (self.updates, time.monotonic())
         if not self.flat.tied():
             raise PoloptError("loading replaced parameters instead of filling them; the policy's load() must copy in place")
@@ -390,7 +390,9 @@ def signal(batch: Batch, advantage: Tensor) -> dict[str, Tensor]:
         return {}
     size = advantage.abs() if advantage.dim() == 2 else advantage.abs().amax(-1)
     strongest = batch.pool((size * batch.mask).amax(1), by="group", how="max")
-    share = batch.mask.any(1) / batch.pool(torch.ones_like(strongest), by="group", how="count").clamp(min=1)  # 1/size: a group counts once
+    share = batch.mask.any(1) / batch.pool(torch.ones_like(strongest), by="group", how="count").clamp(
+        min=1
+    )  # 1/size: a group counts once
     return {"dead_groups": ((strongest == 0) * share).sum() / share.sum().clamp(min=1e-9)}
 
 
