@@ -169,7 +169,6 @@ def test_a_process_lasts_from_call_to_call(file: Path) -> None:
         (None, None, "needs a reward"),
         ([], None, "needs a reward"),
         ("mth", None, "did you mean 'math'"),
-        ("math,exact", None, "as a list"),
         ("exact:3", None, "nothing after a colon"),
         ("length", None, "number of tokens"),
         ("length:0", None, "number of tokens"),
@@ -180,12 +179,19 @@ def test_a_process_lasts_from_call_to_call(file: Path) -> None:
         (["exact", "math"], [1.0], "1 numbers for 2 rewards"),
         ("exact", [0.0], "other than 0"),
         ("exact", [float("nan")], "finite"),
-        ("exact", ["1"], "finite number"),
+        ("exact", ["one"], "finite number"),
+        ("exact", True, "finite number"),
     ],
 )
 def test_wrong_options_are_refused(reward, weights, message) -> None:
     with pytest.raises(CallError, match=message):
         parse_rewards(reward, weights)
+
+
+def test_lists_may_be_texts_with_commas() -> None:
+    made = parse_rewards("math, exact", "1, 0.5")
+    assert [(r.name, r.weight) for r in made] == [("math", 1.0), ("exact", 0.5)]
+    assert [r.name for r in parse_rewards("regex:a{1,2}, b")] == ["regex"]
 
 
 def test_a_wrong_name_in_a_file_is_refused_without_running_it(tmp_path: Path) -> None:

@@ -60,10 +60,11 @@ def parse_rewards(reward: Any, weights: Any = None) -> tuple[Reward, ...]:
 
     Raises `CallError` for unknown names (nearest one offered), missing files and functions, and unfitting weights.
     """
-    specs = list(reward) if isinstance(reward, list | tuple) else [reward]
+    specs, numbers = _listed(reward), [] if weights is None else _listed(weights)
     if not specs or any(s is None or s == "" for s in specs):
         raise CallError(f"a data task needs a reward: set the option reward; {_HELP}")
-    numbers = [1.0] * len(specs) if weights is None else list(weights) if isinstance(weights, list | tuple) else [weights]
+    if weights is None:
+        numbers = [1.0] * len(specs)
     if len(numbers) != len(specs):
         raise CallError(f"weights = {weights!r} has {len(numbers)} numbers for {len(specs)} rewards; expected one for each")
     names: dict[str, int] = {}
@@ -80,6 +81,20 @@ def parse_rewards(reward: Any, weights: Any = None) -> tuple[Reward, ...]:
     return tuple(made)
 
 
+def _listed(value: Any) -> list[Any]:
+    """A list from a list, or from a text with commas (which a pattern may contain)."""
+    if isinstance(value, str) and not value.strip().startswith("regex:"):
+        value = value.split(",")
+    return [v.strip() if isinstance(v, str) else v for v in (value if isinstance(value, list | tuple) else [value])]
+
+
+def _weight(value: Any) -> float:
+    try:
+        return math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        return math.nan
+
+
 def _callable(function: Any) -> tuple[str, str, bool, Callable[[str], Host]]:
     if not callable(function):
         raise CallError(f"reward = {function!r} is {type(function).__name__}, expected a name or a callable; {_HELP}")
@@ -94,10 +109,9 @@ def _named(spec: str) -> tuple[str, str, bool, Callable[[str], Host]]:
         return name, str(path), False, lambda column: ProcessHost(("file", str(path), name, {}))
     head, _, argument = spec.partition(":")
     if head not in BUILT_IN:
-        hint = "; give several rewards as a list: [a, b]" if "," in spec else ""
         close = difflib.get_close_matches(head, BUILT_IN, n=1)
-        guess = f", did you mean '{close[0]}'?" if close else ""
-        raise CallError(f"unknown reward '{spec}'{guess}{hint} {_HELP}" if guess or hint else f"unknown reward '{spec}'; {_HELP}")
+        guess = f", did you mean '{close[0]}'?" if close else ";"
+        raise CallError(f"unknown reward '{spec}'{guess} {_HELP}")
     target, needs_answer, parameter, isolated = BUILT_IN[head]
     settings = _parameter(spec, head, parameter, argument)
 
