@@ -1,0 +1,240 @@
+"""`TextCollector`: answers requests with completions of a language model, judged by the task's verifier."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from polopt.batch import FORCED, OWN, Batch, Clock, last_valid
+from polopt.errors import CallError
+from polopt.interfaces import Request, State
+from polopt.method import Method
+from polopt.part import call
+from polopt.policies.lm import LMPolicy, Sampling
+from polopt.policies.lm.prompts import pad_left
+from polopt.run import Streams, seed_of
+from polopt.settings import Settings
+from polopt.tasks.text_protocol import Item, TextTask, check_scores, refuse_empty
+
+#: Completions generated at once in an evaluation.
+EVAL_ROWS = 256
+
+
+class TextCollector:
+    """Draws prompts from a shuffled stream, completes each `count` times, and scores the completions.
+
+    A row of the batch is one completion. Its last decision has `terminated` (the verifier judged it), and `truncated` too
+    where the length limit cut it. Reward channels are the task's. `exact`: resuming continues the same numbers.
+    """
+
+    exact = True
+
+    def __init__(self, task: TextTask, policy: LMPolicy, settings: Settings, method: Method, seed: int) -> None:
+        self.task, self.policy, self.settings, self.seed = task, policy, settings, seed
+        self.decoder = method.decoder
+        self.streams = Streams(seed)
+        self.want = settings.collect.prompts
+        self.train, self.held_out = task.items("train"), task.items("eval")
+        refuse_empty(self.train, "train", task.name)
+        refuse_empty(self.held_out, "eval", task.name)
+        self.epoch, self.place = 0, 0
+        self._order = self._shuffled(0)
+        self._sums: dict[str, float] = {}
+        self._spent = {"decisions": 0, "tokens": 0, "completions": 0}
+
+    # ---------------------------------------------------------------- which items
+    def _shuffled(self, epoch: int) -> list[int]:
+        generator = torch.Generator().manual_seed(seed_of(self.seed, f"collect/items/{epoch}"))
+        return torch.randperm(len(self.train), generator=generator).tolist()  # type: ignore[no-any-return]
+
+    def draw(self, n: int) -> list[int | None]:
+        """The next `n` items; each epoch is a new permutation of all training items."""
+        out: list[int | None] = []
+        while len(out) < n:
+            if self.place == len(self._order):
+                self.epoch, self.place = self.epoch + 1, 0
+                self._order = self._shuffled(self.epoch)
+            some = self._order[self.place : self.place + n - len(out)]
+            self.place += len(some)
+            out += some
+        return out
+
+    # ---------------------------------------------------------------- answering
+    def answer(self, requests: Sequence[Request], *, clock: Clock) -> Batch:
+        """One row per completion, one group per request."""
+        if not requests:
+            raise CallError("a sampler yielded no requests")
+        items = [self._item(r) for r in requests]
+        limit = self.settings.collect.max_new_tokens
+        limits = [min(limit, r.limit) if r.limit is not None else limit for r in requests]
+        prompts = [self.policy.encode(i.prompt, n) for i, n in zip(items, limits, strict=True)]
+        spread = torch.tensor([k for k, r in enumerate(requests) for _ in range(r.count)])
+        usual = self.settings.collect.temperature
+        heat = torch.tensor([usual if r.temperature is None else r.temperature for r in requests])[spread]
+        drawn = self.policy.generate(
+            prompts, spread, self.streams.torch("collect/tokens"), limits=torch.tensor(limits)[spread],
+            temperature=None if bool((heat == usual).all()) else heat, forced=_forced(requests, spread), decoder=self._decode(),
+        )  # fmt: skip
+        texts, ids = self.policy.texts(drawn)
+        of_row = [items[k] for k in spread.tolist()]
+        scores = check_scores(
+            self.task.score(of_row, texts, ids, timeout=self.settings.collect.reward_timeout),
+            len(of_row), self.task.channels, self.task.name,
+        )  # fmt: skip
+        self._count(drawn.mask, drawn.ended, scores, spread, prompts)
+        return self._batch(requests, prompts, spread, drawn, scores, heat, max(limits), clock)
+
+    def _item(self, request: Request) -> Item:
+        if request.item is None:
+            raise CallError("a text task answers requests for items; this sampler asked for a running environment")
+        item = self.train[request.item]
+        return item if request.context is None else Item(request.context, item.columns)
+
+    def _decode(self) -> Any:
+        """The method's decoder, which changes logits before they are truncated and sampled."""
+        if self.decoder is None:
+            return None
+        return lambda logits, step, rows: call(self.decoder, logits=logits, step=step, rows=rows)  # type: ignore[arg-type]
+
+    def _batch(
+        self, requests: Sequence[Request], prompts: list[list[int]], spread: Tensor, drawn: Any, scores: Any,
+        heat: Tensor, horizon: int, clock: Clock,
+    ) -> Batch:  # fmt: skip
+        device = self.policy.device
+        ids, known = pad_left(prompts, self.policy.backbone.pad)
+        last = last_valid(drawn.mask)
+        spread = spread.to(device)
+        table = torch.as_tensor(scores, dtype=torch.float32, device=device)
+        cut = ~drawn.ended
+        item = torch.tensor([r.item for r in requests], device=device)[spread]
+        batch = Batch(
+            mask=drawn.mask & ~drawn.forced,
+            reward=last[..., None] * table[:, None],
+            terminated=last,
+            truncated=last & cut[:, None],
+            source=torch.where(drawn.forced, FORCED, OWN),
+            version=torch.full_like(drawn.action, clock.update),
+            stats={"logp@behaviour": drawn.logp, "entropy@behaviour": drawn.entropy},
+            row={
+                "truncated": cut.float(), "temperature": heat.to(device), "length": drawn.mask.sum(1).float(),
+                **{name: table[:, k] for k, name in enumerate(self.task.channels)},
+            },
+            action=drawn.action,
+            context={"prompt": ids.to(device)[spread], "prompt_mask": known.to(device)[spread]},
+            keys={"item": item},  # the task's own numbers, so that they mean the same in every batch
+            units={"item": len(self.train)},
+            horizon=horizon,
+            clock=clock,
+        )  # fmt: skip
+        return batch.with_key("group", spread)
+
+    # ---------------------------------------------------------------- counting
+    def _count(self, mask: Tensor, ended: Tensor, scores: Any, spread: Tensor, prompts: list[list[int]]) -> None:
+        n = mask.shape[0]
+        total = torch.as_tensor(scores).sum(1)
+        groups = int(spread.max()) + 1
+        sizes = torch.zeros(groups).index_add(0, spread, torch.ones(n))
+        low = torch.full((groups,), float("inf"), dtype=total.dtype).scatter_reduce(0, spread, total, "amin")
+        high = torch.full((groups,), float("-inf"), dtype=total.dtype).scatter_reduce(0, spread, total, "amax")
+        tokens = int(mask.sum())
+        add = {
+            "rows": n, "groups": float((sizes > 1).sum()), "dead": float(((low == high) & (sizes > 1)).sum()),
+            "reward": float(total.sum()), "accuracy": float(self.task.correct(scores).sum()), "length": tokens,
+            "cut": float((~ended).sum()),
+            **{f"reward/{name}": float(scores[:, k].sum()) for k, name in enumerate(self.task.channels)},
+        }  # fmt: skip
+        for name, x in add.items():
+            self._sums[name] = self._sums.get(name, 0.0) + x
+        self._spent["tokens"] += tokens + sum(len(p) for p in prompts)
+        self._spent["completions"] += n
+        self._spent["decisions"] += tokens
+
+    def report(self) -> dict[str, float]:
+        """Means over the completions since the last call; "dead_groups": share of groups whose rewards are all equal."""
+        s, self._sums = self._sums, {}
+        if not s:
+            return {}
+        n = s["rows"]
+        return {
+            "reward": s["reward"] / n,
+            "accuracy": s["accuracy"] / n,
+            **{k: v / n for k, v in s.items() if k.startswith("reward/")},
+            "length": s["length"] / n,
+            "truncated": s["cut"] / n,
+            **({"dead_groups": s["dead"] / s["groups"]} if s["groups"] else {}),
+        }
+
+    def costs(self) -> dict[str, int]:
+        """Decisions, tokens that the model read (each prompt once) or wrote, and completions since the last call."""
+        spent, self._spent = self._spent, dict.fromkeys(self._spent, 0)
+        return spent
+
+    # ---------------------------------------------------------------- evaluating
+    def evaluate(self, episodes: int) -> dict[str, float]:
+        """Scores of one completion for each of the first `episodes` held-out items: "score" is the share that is correct.
+
+        Greedy, or drawn from a stream of its own that starts afresh each time.
+        """
+        items = [self.held_out[i] for i in range(min(episodes, len(self.held_out)))]
+        how = Sampling(stop=self.policy.sampling.stop, greedy=True) if self.settings.evaluate.greedy else self.policy.sampling
+        rng = torch.Generator().manual_seed(seed_of(self.seed, "collect/evaluate"))
+        scores, lengths, cut = [], 0, 0
+        for start in range(0, len(items), EVAL_ROWS):
+            some = items[start : start + EVAL_ROWS]
+            drawn = self.policy.generate([self.policy.encode(i.prompt) for i in some], range(len(some)), rng, sampling=how)
+            texts, ids = self.policy.texts(drawn)
+            found = self.task.score(some, texts, ids, timeout=self.settings.collect.reward_timeout)
+            scores.append(check_scores(found, len(some), self.task.channels, self.task.name))
+            lengths, cut = lengths + int(drawn.mask.sum()), cut + int((~drawn.ended).sum())
+        table = np.concatenate(scores)
+        n = len(items)
+        return {
+            "score": float(self.task.correct(table).mean()),
+            "reward": float(table.sum(1).mean()),
+            "length": lengths / n,
+            "truncated": cut / n,
+        }
+
+    # ---------------------------------------------------------------- keeping
+    def state(self) -> State:
+        """Place in the stream of items, random streams, and what was counted but not reported yet."""
+        return {
+            "epoch": self.epoch, "place": self.place, "streams": self.streams.state(), "sums": dict(self._sums),
+            "spent": dict(self._spent), "items": len(self.train),
+        }  # fmt: skip
+
+    def load(self, state: State) -> None:
+        """Restore from `state()`; refuses another number of training items."""
+        if state["items"] != len(self.train):
+            raise CallError(f"the run was saved with {state['items']} training items, {self.task.name} now has {len(self.train)}")
+        self.epoch, self.place = state["epoch"], state["place"]
+        self._order = self._shuffled(self.epoch)
+        self.streams.load(state["streams"])
+        self._sums, self._spent = dict(state["sums"]), dict(state["spent"])
+
+    def close(self) -> None:
+        """Release what the task holds open (worker processes of reward functions)."""
+        close = getattr(self.task, "close", None)
+        if close is not None:
+            close()
+
+
+def _forced(requests: Sequence[Request], spread: Tensor) -> Tensor | None:
+    """Forced beginnings of all rows [N,L], -1 where the policy decides."""
+    width = max((len(r.prefix) for r in requests if r.prefix is not None), default=0)
+    if width == 0:
+        return None
+    table = torch.full((len(requests), width), -1)
+    for k, r in enumerate(requests):
+        if r.prefix is not None:
+            table[k, : len(r.prefix)] = r.prefix
+    return table[spread]
+
+
+def build(task: TextTask, policy: LMPolicy, settings: Settings, method: Method, seed: int) -> TextCollector:
+    """The collector of a text task."""
+    return TextCollector(task, policy, settings, method, seed)
