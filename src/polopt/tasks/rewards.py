@@ -60,24 +60,24 @@ def parse_rewards(reward: Any, weights: Any = None) -> tuple[Reward, ...]:
 
     Raises `CallError` for unknown names (nearest one offered), missing files and functions, and unfitting weights.
     """
-    specs, numbers = _listed(reward), [] if weights is None else _listed(weights)
+    specs = _listed(reward)
     if not specs or any(s is None or s == "" for s in specs):
         raise CallError(f"a data task needs a reward: set the option reward; {_HELP}")
-    if weights is None:
-        numbers = [1.0] * len(specs)
+    numbers = [1.0] * len(specs) if weights is None else _listed(weights)
     if len(numbers) != len(specs):
         raise CallError(f"weights = {weights!r} has {len(numbers)} numbers for {len(specs)} rewards; expected one for each")
     names: dict[str, int] = {}
     made = []
-    for spec, weight in zip(specs, numbers, strict=True):
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight) or weight == 0:
+    for spec, given in zip(specs, numbers, strict=True):
+        weight = _weight(given)
+        if not math.isfinite(weight) or weight == 0:
             raise CallError(
-                f"weights: {weight!r} must be a finite number other than 0 (leave a reward out instead of weighting it by 0)"
+                f"weights: {given!r} must be a finite number other than 0 (leave a reward out instead of weighting it by 0)"
             )
         name, origin, needs_answer, opener = _named(spec) if isinstance(spec, str) else _callable(spec)
         names[name] = names.get(name, 0) + 1
         unique = name if names[name] == 1 else f"{name}-{names[name]}"
-        made.append(Reward(unique, float(weight), origin, needs_answer, opener))
+        made.append(Reward(unique, weight, origin, needs_answer, opener))
     return tuple(made)
 
 
