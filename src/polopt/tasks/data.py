@@ -84,7 +84,7 @@ class DataTask:
         rates = {f"updates.{u.name}.rule.lr": 1e-5 for u in method.updates if hasattr(u.rule, "lr")}
         return {
             "collect.prompts": 16 if group else 128,
-            "collect.max_new_tokens": 256,
+            "collect.max_new_tokens": 128,
             "evaluate.every": 10,
             "evaluate.episodes": 64,
             **group,
