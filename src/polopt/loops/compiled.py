@@ -96,7 +96,9 @@ class CompiledSteps:
         ratios: list[Tensor] = []
         pending: list[Tensor] = []
         steps = 0
-        for epoch in range(1, epochs + 1):
+        made = 0
+        while made < epochs:
+            made += 1
             before = total.get("kl_old", torch.zeros(())).clone() if e.update.target_kl is not None else None
             order = torch.arange(units) if whole else torch.randperm(units, generator=e.shuffle)
             order = order.to(batch.mask.device)
@@ -123,7 +125,7 @@ class CompiledSteps:
                 per_epoch = full + (units % size > 0)
                 if float(total["kl_old"] - before) / per_epoch > e.update.target_kl:
                     break
-        return total, ratios + rest_ratios, steps, epoch
+        return total, ratios + rest_ratios, steps, made
 
     # ---------------------------------------------------------------- tracing
     def graph(self, inputs: tuple[Any, ...], batch: Batch) -> Callable[..., Any]:

@@ -159,7 +159,9 @@ class Executor:
         total: Diagnostics = {}
         ratios: list[Tensor] = []
         steps = 0
-        for epoch in range(1, self.update.epochs + 1):
+        made = 0
+        while made < self.update.epochs:
+            made += 1
             ratios.clear()
             kl, inside = torch.zeros(()), 0
             for part, adv in self._minibatches(batch, advantage, size):
@@ -173,7 +175,7 @@ class Executor:
             steps += inside
             if self.update.target_kl is not None and float(kl) / inside > self.update.target_kl:
                 break
-        return total, ratios, steps, epoch
+        return total, ratios, steps, made
 
     def _step(self, batch: Batch, advantage: Tensor | None, clock: Clock) -> tuple[Diagnostics, list[Tensor]]:
         problem = Problem(self, batch, advantage, clock)
