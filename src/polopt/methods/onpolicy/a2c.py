@@ -3,8 +3,8 @@
     loss = mean_t[ -(R_t - V(s_t)) log pi(a_t|s_t) + c_v (V(s_t) - R_t)^2 ],  R_t the n-step return
 
 Against A3C: no entropy bonus, a constant rate, gradients clipped at norm 0.5; TensorFlow's RMSProp (mean square from 1,
-epsilon inside the root). Advantages are not standardised. This is PPO with one epoch, one minibatch and lam = 1 (Huang
-et al., arXiv 2205.09123).
+epsilon inside the root). Advantages are not standardised. The algorithm is that of arXiv 1602.01783 without asynchrony.
+It is PPO with one epoch, one minibatch and lam = 1 (Huang et al., arXiv 2205.09123).
 
 Not included: recurrent policies. Fragments are 5 steps long in the original settings; the task's preset sets their
 length.
