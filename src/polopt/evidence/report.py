@@ -1,0 +1,324 @@
+"""The report of a run: one HTML page that opens offline, the same numbers as JSON, and a picture of the main curves."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterable
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from polopt.evidence.curves import Column, Line, draw, line_of, save_png
+from polopt.evidence.diagnostics import number
+from polopt.evidence.history import History, read_run
+from polopt.evidence.panels import SECTIONS, Panel, panels_for
+from polopt.evidence.pulse import finite
+from polopt.evidence.words import command, flatten, size, tiles, verdict
+
+Drawn = tuple[Panel, list[Line]]
+
+WHAT_FILES_ARE = {
+    "config.yaml": "the resolved configuration, enough to repeat the run",
+    "metrics.jsonl": "a line of numbers per update",
+    "summary.json": "how the run ended",
+    "checkpoints": "policy, optimizer and everything needed to continue",
+    "tb": "the same curves for TensorBoard",
+    "report.json": "the numbers of this page",
+    "curve.png": "the main curves as a picture",
+    "report.html": "this page",
+    "error.txt": "where it failed",
+    "policy": "the trained policy on its own",
+    "files": "the user's files that the run was made with",
+}
+MOST_FURTHER = 16  # plots of metrics that this library does not know
+
+
+def make_report(folder: Path) -> Path:
+    """Write `report.html`, `report.json` and `curve.png` into the run folder and return the path of the page.
+
+    Works on runs that are unfinished, failed or interrupted, and notes damage to their files on the page. Raises
+    `CallError` when `folder` is not a run folder.
+    """
+    history = read_run(Path(folder))
+    drawn = _draw_lines(_curves_of(history))
+    sentences = verdict(history)
+    title = f"{history.fact('method') or 'run'} on {history.fact('task') or 'an unknown task'}"
+    _write(history.folder / "report.json", (json.dumps(_numbers(history, sentences, drawn), allow_nan=False) + "\n").encode())
+    main = [d for d in drawn if d[0].key in ("eval_score", "accuracy", "episode_return", "reward")][:2]
+    if main:
+        temporary = history.folder / ".curve.part.png"
+        save_png(temporary, _plain(f"{title}, seed {history.fact('seed')}"), main)
+        temporary.replace(history.folder / "curve.png")
+    page = history.folder / "report.html"
+    _write(page, _page(history, title, sentences, drawn).encode())
+    return page
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Replace a file in one step: a reader never sees half a page."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as out:
+            out.write(data)
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def _plain(text: str) -> str:
+    """Text that matplotlib shows as it is: a dollar sign would start a formula."""
+    return text.replace("$", r"\$")
+
+
+# ------------------------------------------------------------------------------------------------------------- numbers
+def _curves_of(history: History) -> dict[str, tuple[Column, Column]]:
+    """Metric -> (x, y). x counts decisions, or updates where decisions are unknown; speed and the first score are added."""
+    columns = history.columns
+    n = len(next(iter(columns.values()), []))
+    axis = columns.get("decisions", columns.get("update"))
+    x: Column = np.arange(1.0, n + 1) if axis is None or not np.isfinite(axis).all() else axis
+    # currencies of the ledger only grow: they are totals, which the summary has, not curves
+    totals = {k for k in columns if finite(history.summary.get(k)) and not k.startswith("eval_")}
+    out = {key: (x, y) for key, y in columns.items() if key not in totals}
+    if "decisions" in columns and "seconds" in columns and n >= 2:
+        with np.errstate(all="ignore"):
+            step = np.diff(columns["seconds"])
+            out["decisions_per_second"] = (x[1:], np.where(step > 0, np.diff(columns["decisions"]) / step, math.nan))
+    start, end = history.summary.get("eval_score_initial"), history.summary.get("eval_score")
+    score = columns.get("eval_score", np.full(n, math.nan))
+    if n and np.isnan(score).all() and finite(end):
+        score = np.append(score[:-1], float(end))
+    if finite(start) and n and x[0] > 0:  # the score before training stands at 0
+        x, score = np.append(0.0, x), np.append(float(start), score)
+    if n:
+        out["eval_score"] = (x, score)
+    return out
+
+
+def _draw_lines(metrics: dict[str, tuple[Column, Column]]) -> list[Drawn]:
+    """Panels and the lines in them."""
+    out: list[Drawn] = []
+    for panel in panels_for(k for k, (_, y) in metrics.items() if np.isfinite(y).any()):
+        points = 500 if panel.key == "eval_score" else 220
+        lines = [
+            line for key, label in panel.series if key in metrics and (line := line_of(key, label, *metrics[key], points=points))
+        ]
+        if lines:
+            out.append((panel, lines))
+    return out
+
+
+def _numbers(history: History, sentences: list[str], drawn: list[Drawn]) -> dict[str, Any]:
+    def values(column: Column) -> list[float | None]:
+        return [float(f"{v:.6g}") if math.isfinite(v) else None for v in column.tolist()]
+
+    curves = {
+        line.key: {
+            "decisions": values(line.x), "mean": values(line.mean), "low": values(line.low), "high": values(line.high),
+            "first": line.first, "last": line.last, "lowest": line.lowest, "highest": line.highest,
+        }
+        for _, lines in drawn
+        for line in lines
+    }  # fmt: skip
+    facts = {k: v for k, v in history.summary.items() if not isinstance(v, float) or finite(v)}
+    out = {
+        "verdict": sentences, "status": history.status, "summary": facts, "command": command(history), "notes": history.notes,
+        "warnings": [f.as_dict() for f in history.findings], "curves": curves, "config": dict(flatten(history.config)),
+    }  # fmt: skip
+    cleaned: dict[str, Any] = _clean(out)
+    return cleaned
+
+
+def _clean(x: Any) -> Any:
+    """The same tree as strict JSON: numbers that are not finite become null, unknown types text."""
+    if isinstance(x, dict):
+        return {str(k): _clean(v) for k, v in x.items()}
+    if isinstance(x, list | tuple):
+        return [_clean(v) for v in x]
+    if x is None or isinstance(x, str | bool | int):
+        return x
+    if isinstance(x, float):
+        return x if math.isfinite(x) else None
+    return str(x)
+
+
+# ---------------------------------------------------------------------------------------------------------------- page
+def _e(x: object) -> str:
+    return html.escape(str(x), quote=True)
+
+
+def _page(history: History, title: str, sentences: list[str], drawn: list[Drawn]) -> str:
+    style = (files("polopt") / "assets" / "report.css").read_text(encoding="utf-8")
+    seed = history.fact("seed")
+    body = [
+        f'<div class="brow"><span>polopt report</span>{"" if seed is None else f"<span>seed {_e(seed)}</span>"}'
+        f'<span class="status {_e(_word(history.status))}">{_e(history.status)}</span></div>',
+        f"<h1>{_e(title)}</h1>",
+        '<section class="verdict">' + "".join(f"<p>{_e(s)}</p>" for s in _paragraphs(sentences)) + "</section>",
+        '<dl class="tiles">'
+        + "".join(f'<div class="tile"><dt>{_e(k)}</dt><dd>{_e(v)}</dd></div>' for k, v in tiles(history))
+        + "</dl>",
+        _findings(history),
+        *_curves(history, drawn),
+        _repeat(history),
+        f"<footer>Made by polopt from <code>{_e(history.folder.name)}</code>. Horizontal axes count decisions; the strong line "
+        "is a moving "
+        "mean, the faint one behind it the raw numbers; dashed verticals mark where a warning became certain.</footer>",
+    ]
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">'
+        f"<title>{_e(title)}</title>\n<style>\n{style}</style></head>\n<body><main>\n"
+        + "\n".join(body)
+        + "\n</main></body></html>\n"
+    )
+
+
+def _word(text: str) -> str:
+    return "".join(c for c in text if c.isalnum())
+
+
+def _paragraphs(sentences: list[str]) -> list[str]:
+    """What happened in one paragraph, how it ended and what is wrong in the next."""
+    return [
+        " ".join(sentences[:2]),
+        " ".join(s if s.endswith((".", "!", "?")) or "polopt resume" in s else s + "." for s in sentences[2:]),
+    ]
+
+
+def _findings(history: History) -> str:
+    items = [
+        f'<li class="finding {f.level}"><h3>{_e(f.title)}<span class="kind">{_e(f.level)}</span></h3>'
+        f'<p class="what">{_e(f.text[0].upper() + f.text[1:])}</p><p>{_e(f.why)}</p>'
+        f"<p><strong>Try:</strong> {_e(f.remedy)}</p></li>"
+        for f in history.findings
+    ]
+    notes = "".join(f'<p class="quiet">{_e(note)}</p>' for note in history.notes)
+    if not items:
+        return notes
+    return '<section><h2>Warnings</h2><ul class="findings">' + "".join(items) + f"</ul>{notes}</section>"
+
+
+def _curves(history: History, drawn: list[Drawn]) -> Iterable[str]:
+    if not drawn:
+        return
+    marks = {f.code: float(f.decisions) for f in history.findings}
+    constants: list[Drawn] = []
+    further = 0
+    for section, heading in SECTIONS.items():
+        figures = []
+        for panel, lines in (d for d in drawn if d[0].section == section):
+            if panel.key != "eval_score" and all(line.constant for line in lines):
+                constants.append((panel, lines))
+                continue
+            further += section == "more"
+            if further <= MOST_FURTHER or section != "more":
+                figures.append(_figure(panel, lines, [marks[c] for c in sorted(panel.codes) if c in marks]))
+        if not figures:
+            continue
+        plots = f'<div class="panels">{"".join(figures)}</div>'
+        if section == "more":
+            plots = f"<details><summary>{len(figures)} more plots</summary>{plots}</details>"
+        yield f"<section><h2>{heading}</h2>{plots}</section>"
+    if constants:
+        said = ", ".join(
+            f"{panel.title.lower()}{f' ({line.label})' if len(lines) > 1 else ''} {number(line.first)}"
+            for panel, lines in constants
+            for line in lines
+        )
+        single = all(line.count == 1 for _, lines in constants for line in lines)
+        yield f'<p class="quiet">{"One number only" if single else "The same all the time"}, so not drawn: {_e(said)}.</p>'
+    if further > MOST_FURTHER:
+        yield f'<p class="quiet">{further - MOST_FURTHER} further metrics are in report.json and metrics.jsonl.</p>'
+
+
+def _figure(panel: Panel, lines: list[Line], marks: list[float]) -> str:
+    hero = panel.key == "eval_score"
+    if hero:  # one picture for wide windows and one for phones, so that labels keep their size
+        wide, narrow = draw(panel, lines, marks, width=1100, height=250), draw(panel, lines, marks)
+        picture = f'<div class="wide">{wide}</div><div class="narrow">{narrow}</div>'
+    else:
+        picture = draw(panel, lines, marks)
+    legend = ""
+    if len(lines) > 1 and panel.kind != "band":
+        names = "".join(
+            f'<span><i style="background:var(--series-{i % 6 + 1})"></i>{_e(line.label)}</span>' for i, line in enumerate(lines)
+        )
+        legend = f'<div class="legend">{names}</div>'
+    missing = max(line.missing for line in lines)
+    gap = f" {missing:,} updates had no finite number." if missing > 1 else ""
+    return (
+        f'<figure class="panel{" hero" if hero else ""}"><h3>{_e(panel.title)}</h3>{legend}{picture}'
+        f'<figcaption>{_e(panel.caption)} <span class="numbers">{_e(_span(panel, lines))}{gap}</span></figcaption></figure>'
+    )
+
+
+def _span(panel: Panel, lines: list[Line]) -> str:
+    """Start, end and extremes in numbers, for those who do not see the plot."""
+    shown = [lines[1]] if panel.kind == "band" and len(lines) == 3 else lines[:4]
+    parts = []
+    for line in shown:
+        name = f"{line.label}: " if len(lines) > 1 else ""
+        if len(line.x) == 1:
+            parts.append(f"{name}{number(line.first)}")
+        else:
+            parts.append(
+                f"{name}{number(line.first)} to {number(line.last)} (range {number(line.lowest)} to {number(line.highest)})"
+            )
+    text = "; ".join(parts)
+    return text[:1].upper() + text[1:] + "."
+
+
+def _table(rows: list[tuple[str, str]]) -> str:
+    return "<table>" + "".join(f'<tr><td>{_e(k)}</td><td class="value">{_e(v)}</td></tr>' for k, v in rows) + "</table>"
+
+
+def _repeat(history: History) -> str:
+    machine = [pair for key in ("versions", "hardware") for pair in flatten(history.summary.get(key) or {}) if pair[1] != "None"]
+    config = flatten(history.config) or ([("config.yaml", history.config_text)] if history.config_text else [])
+    out = [f"<section><h2>Repeat it</h2><pre>{_e(command(history))}</pre>"]
+    out.append('<div class="pair"><div><h3>Versions and machine</h3>' + _table(machine or [("unknown", "not recorded")]) + "</div>")
+    out.append("<div><h3>Files</h3>" + _files(history.folder) + "</div></div></section>")
+    if config:
+        out.append(
+            f"<section><h2>Configuration</h2><details><summary>{len(config)} settings, as "
+            f"resolved</summary>{_table(config)}</details></section>"
+        )
+    return "".join(out)
+
+
+def _files(folder: Path) -> str:
+    rows = []
+    names = {p.name for p in folder.iterdir() if not p.name.startswith(".")} | {"report.html"}
+    for name in sorted(
+        names, key=lambda n: (n not in WHAT_FILES_ARE, list(WHAT_FILES_ARE).index(n) if n in WHAT_FILES_ARE else 0, n)
+    )[:40]:
+        path = folder / name
+        inside = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
+        weight = sum(p.stat().st_size for p in inside if p.exists())
+        about = WHAT_FILES_ARE.get(name, "")
+        amount = (
+            f"{len(inside)} files, {size(weight)}"
+            if path.is_dir()
+            else (size(weight) if path.exists() and name != "report.html" else "")
+        )
+        link = f'<a href="./{_e(_quote(name))}">{_e(name)}</a>'
+        rows.append(f"<tr><td>{link}</td><td>{_e('; '.join(x for x in (about, amount) if x))}</td></tr>")
+    return "<table>" + "".join(rows) + "</table>"
+
+
+def _quote(name: str) -> str:
+    from urllib.parse import quote
+
+    return quote(name)
+
+
+__all__ = ["make_report"]
