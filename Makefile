@@ -14,12 +14,12 @@ BIN   := $(VENV)/bin
 PIP   := $(BIN)/python -m pip --disable-pip-version-check --quiet
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo test lint types imports docs bench torture lock clean
+.PHONY: help install demo test lint format types imports docs tables bench torture lock clean
 help:
 	@echo "make demo     install, train GRPO on $(DEMO_TASK), write a report"
 	@echo "make test     install, run all tests"
 	@echo "make install  create $(VENV) from the lock file; then $(BIN)/polopt --help"
-	@echo "make lint types imports docs bench torture lock clean"
+	@echo "make lint format types imports docs tables bench torture lock clean"
 
 install: $(STAMP)
 
@@ -47,6 +47,9 @@ lint: $(STAMP)
 	@$(BIN)/python -m ruff check .
 	@$(BIN)/python -m ruff format --check --quiet .
 
+format: $(STAMP)
+	@$(BIN)/python -m ruff format --quiet .
+
 types: $(STAMP)
 	@$(BIN)/python -m mypy
 
@@ -54,7 +57,10 @@ imports: $(STAMP)
 	@$(BIN)/lint-imports
 
 docs: $(STAMP)
-	@$(BIN)/python -m mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+tables: $(STAMP)
+	@$(BIN)/python tests/docs/tables.py
 
 bench: $(STAMP)
 	@$(BIN)/python benchmarks
