@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+
 from polopt.policies.lm import Backbone, LMPolicy, wrap
 
 KINDS = ("qwen2", "llama", "qwen3", "mistral")

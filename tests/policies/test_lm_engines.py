@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from lm_models import EOS, KINDS, backbone, policy
+
 from polopt.batch import Batch
 from polopt.policies.lm import LMPolicy, Sampling
 from polopt.policies.lm.fast import FastEngine, supports

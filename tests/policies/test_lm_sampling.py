@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from polopt.policies.lm.sampling import Sampling, choose, draw, truncate
 
 LOGITS = torch.log(torch.tensor([[0.5, 0.2, 0.15, 0.1, 0.05]]))
@@ -26,7 +27,9 @@ def test_truncations_keep_what_their_definitions_say() -> None:
     assert kept(Sampling(top_k=3, top_p=0.8)) == [0, 1]  # top-p sees 0.588, 0.235, 0.176 after top-k
 
 
-@pytest.mark.parametrize("how", [Sampling(), Sampling(top_p=0.8), Sampling(top_k=3), Sampling(min_p=0.15), Sampling(temperature=2.0)])
+@pytest.mark.parametrize(
+    "how", [Sampling(), Sampling(top_p=0.8), Sampling(top_k=3), Sampling(min_p=0.15), Sampling(temperature=2.0)]
+)
 def test_frequencies_and_stored_numbers_are_those_of_the_truncated_distribution(how: Sampling) -> None:
     n = 60_000
     scaled = (LOGITS / how.temperature).softmax(-1)[0].numpy()

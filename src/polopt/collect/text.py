@@ -49,7 +49,7 @@ class TextCollector:
     # ---------------------------------------------------------------- which items
     def _shuffled(self, epoch: int) -> list[int]:
         generator = torch.Generator().manual_seed(seed_of(self.seed, f"collect/items/{epoch}"))
-        return torch.randperm(len(self.train), generator=generator).tolist()  # type: ignore[no-any-return]
+        return torch.randperm(len(self.train), generator=generator).tolist()
 
     def draw(self, n: int) -> list[int | None]:
         """The next `n` items; each epoch is a new permutation of all training items."""
@@ -75,9 +75,10 @@ class TextCollector:
         spread = torch.tensor([k for k, r in enumerate(requests) for _ in range(r.count)])
         usual = self.settings.collect.temperature
         heat = torch.tensor([usual if r.temperature is None else r.temperature for r in requests])[spread]
+        same = bool((heat == self.policy.sampling.temperature).all())
         drawn = self.policy.generate(
             prompts, spread, self.streams.torch("collect/tokens"), limits=torch.tensor(limits)[spread],
-            temperature=None if bool((heat == usual).all()) else heat, forced=_forced(requests, spread), decoder=self._decode(),
+            temperature=None if same else heat, forced=_forced(requests, spread), decoder=self._decode(),
         )  # fmt: skip
         texts, ids = self.policy.texts(drawn)
         of_row = [items[k] for k in spread.tolist()]
@@ -98,7 +99,7 @@ class TextCollector:
         """The method's decoder, which changes logits before they are truncated and sampled."""
         if self.decoder is None:
             return None
-        return lambda logits, step, rows: call(self.decoder, logits=logits, step=step, rows=rows)  # type: ignore[arg-type]
+        return lambda logits, step, rows: call(self.decoder, logits=logits, step=step, rows=rows)
 
     def _batch(
         self, requests: Sequence[Request], prompts: list[list[int]], spread: Tensor, drawn: Any, scores: Any,

@@ -46,7 +46,7 @@ def tokenizer() -> Any:
     core.decoder = decoders.Fuse()
     core.add_tokens([AddedToken(p, normalized=False) for p in PHRASES])
     core.post_processor = processors.TemplateProcessing(single="$A <go>", special_tokens=[("<go>", vocabulary["<go>"])])
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", additional_special_tokens=["<go>"],
         padding_side="left", model_max_length=256, clean_up_tokenization_spaces=False,
     )  # fmt: skip
@@ -73,9 +73,7 @@ def examples(task: TextTask, policy: LMPolicy) -> Batch:
     end = policy.tokenizer.eos_token_id
     answers = [[*policy.tokenizer(str(i.columns["answer"]), add_special_tokens=False)["input_ids"], end] for i in items]
     reversed_ids, reversed_mask = pad_left([a[::-1] for a in answers], policy.backbone.pad)
-    return Batch(
-        mask=reversed_mask.flip(1), action=reversed_ids.flip(1), context={"prompt": prompt, "prompt_mask": known}
-    )
+    return Batch(mask=reversed_mask.flip(1), action=reversed_ids.flip(1), context={"prompt": prompt, "prompt_mask": known})
 
 
 def warm_start(policy: LMPolicy, steps: int, *, batch: int = 256, lr: float = 2e-3, seed: int = 0) -> None:

@@ -125,9 +125,7 @@ class TextTask:
         try:
             factory = importlib.import_module("reasoning_gym.factory")
             importlib.import_module(module)
-            return factory.create_dataset(
-                self.dataset_name, **self.config, seed=self.options.seed, size=2**31 - 1
-            )
+            return factory.create_dataset(self.dataset_name, **self.config, seed=self.options.seed, size=2**31 - 1)
         except (AssertionError, TypeError, ValueError) as error:
             shown = ", ".join(f"{k}={v!r}" for k, v in self.config.items())
             raise CallError(f"{self.name} refuses its options ({shown}): {error}") from error
@@ -140,7 +138,10 @@ class TextTask:
         index = 0
         while len(items) < self.options.eval_items:
             if index >= _TRIES + 20 * self.options.eval_items:
-                raise CallError(f"{self.name} has too few distinct questions ({len(items)}): lower options.eval_items = {self.options.eval_items}")
+                raise CallError(
+                    f"{self.name} has too few distinct questions ({len(items)}): "
+                    f"lower options.eval_items = {self.options.eval_items}"
+                )
             item = self._item(index)
             index += 1
             if (question := _question(item)) not in questions:
@@ -160,7 +161,9 @@ class TextTask:
             text = self.options.render.format_map({**entry.get("metadata", {}), "question": entry["question"]})
         except (KeyError, IndexError, ValueError, AttributeError) as error:
             known = ["question", *entry.get("metadata", {})]
-            raise CallError(f"options.render = {self.options.render!r} does not fit {self.name} ({error!r}); fields: {', '.join(known)}") from error
+            raise CallError(
+                f"options.render = {self.options.render!r} does not fit {self.name} ({error!r}); fields: {', '.join(known)}"
+            ) from error
         system = self.options.system
         prompt = [{"role": "system", "content": system}, {"role": "user", "content": text}] if system else text
         return Item(prompt=prompt, columns=entry)
@@ -201,7 +204,7 @@ class TextTask:
 
     def correct(self, scores: NDArray[np.float64]) -> NDArray[np.bool_]:
         """Verifier score 1."""
-        return cast("NDArray[np.bool_]", scores[:, 0] >= 1.0)
+        return scores[:, 0] >= 1.0
 
 
 class _TrainItems(Sequence[Item]):

@@ -65,13 +65,13 @@ class GeneralEngine:
     ) -> tuple[Decoding, Float[Tensor, "N H"]]:
         """Prefill the distinct prompts and repeat their cache."""
         decoder = self.backbone.decoder
-        out = decoder(
-            input_ids=prompt, attention_mask=prompt_mask.long(), position_ids=positions(prompt_mask), use_cache=True
-        )
+        out = decoder(input_ids=prompt, attention_mask=prompt_mask.long(), position_ids=positions(prompt_mask), use_cache=True)
         cache = out.past_key_values
         cache.batch_select_indices(spread)
         mask = torch.cat([prompt_mask[spread], prompt_mask.new_ones(len(spread), limit)], 1)
-        return _GeneralDecoding(decoder, cache, mask, prompt_mask.sum(1)[spread], prompt.shape[1]), out.last_hidden_state[:, -1][spread]
+        return _GeneralDecoding(decoder, cache, mask, prompt_mask.sum(1)[spread], prompt.shape[1]), out.last_hidden_state[:, -1][
+            spread
+        ]
 
 
 class _GeneralDecoding:

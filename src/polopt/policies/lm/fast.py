@@ -142,9 +142,7 @@ class FastEngine:
         if self._rope is None or self._rope[0].shape[0] < length or self._rope[0].device != device:
             with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
                 size = max(256, 1 << (length - 1).bit_length())
-                cos, sin = self.backbone.decoder.rotary_emb(
-                    torch.zeros(1, device=device), torch.arange(size, device=device)[None]
-                )
+                cos, sin = self.backbone.decoder.rotary_emb(torch.zeros(1, device=device), torch.arange(size, device=device)[None])
                 half = sin.shape[-1] // 2
                 self._rope = cos[0].clone(), torch.cat([-sin[0, :, :half], sin[0, :, half:]], -1)
         return self._rope

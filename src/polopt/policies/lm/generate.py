@@ -112,10 +112,8 @@ def generate(
                 token, open_rows = token[here], open_rows[here]
         hidden = decoding.step(token)
     with torch.inference_mode(False):
-        used = slice(0, step + 1)
-        return Drawn(
-            *(x[used].T.contiguous() for x in (action, mask, fixed, logp, entropy)), ended
-        )
+        action, mask, fixed, logp, entropy = (x[: step + 1].T.contiguous() for x in (action, mask, fixed, logp, entropy))
+    return Drawn(action, mask, fixed, logp, entropy, ended)
 
 
 def _draws(uniform: Tensor | None, rng: torch.Generator | None, start: int, steps: int, n: int) -> Float[Tensor, "S N"]:

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -96,31 +96,35 @@ def resolve(model: str) -> str:
         return model
     folder = Path(model).expanduser()
     if not (folder / "config.json").is_file():
-        raise CallError(f"policy.model = {model!r}: there is no {folder / 'config.json'}; expected a folder in the Hugging Face format")
+        raise CallError(
+            f"policy.model = {model!r}: there is no {folder / 'config.json'}; expected a folder in the Hugging Face format"
+        )
     return str(folder)
 
 
-def load_backbone(model: str, *, device: torch.device | str = "cpu", lora: int = 0, lora_alpha: float = 16.0, seed: int = 0) -> Backbone:
+def load_backbone(
+    model: str, *, device: torch.device | str = "cpu", lora: int = 0, lora_alpha: float = 16.0, seed: int = 0
+) -> Backbone:
     """Load model and tokenizer in float32, in evaluation mode; with `lora` > 0 only adapters of that rank are trainable."""
     place = resolve(model)
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            causal = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
+            causal: Any = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(place, padding_side="left")
     except (OSError, ValueError) as error:
         raise PoloptError(f"policy.model = {model!r} could not be loaded: {str(error).splitlines()[0]}") from error
     finally:
         logging.set_verbosity(verbosity)
         if bars:
-            logging.enable_progress_bar()
-    return wrap(causal.to(device), tokenizer, lora=lora, lora_alpha=lora_alpha, seed=seed)
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+    return wrap(causal.to(torch.device(device)), tokenizer, lora=lora, lora_alpha=lora_alpha, seed=seed)
 
 
 def wrap(causal: Any, tokenizer: Any, *, lora: int = 0, lora_alpha: float = 16.0, seed: int = 0) -> Backbone:
@@ -137,7 +141,9 @@ def wrap(causal: Any, tokenizer: Any, *, lora: int = 0, lora_alpha: float = 16.0
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(seed, "lora"))
-        config = LoraConfig(r=lora, lora_alpha=lora_alpha, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+        config = LoraConfig(
+            r=lora, lora_alpha=cast(int, lora_alpha), lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
+        )
         module = get_peft_model(causal, config)
     module.eval()
     return Backbone(module, tokenizer, lora=True)

@@ -144,7 +144,9 @@ class LMPolicy:
         if not want & {"value", "value_next"}:
             return {}
         if self.value_head is None:
-            raise PoloptError("this language model has no value head: build it with value=True (a method whose parts need values does)")
+            raise PoloptError(
+                "this language model has no value head: build it with value=True (a method whose parts need values does)"
+            )
         value = torch.where(mask, _widen(self.value_head(hidden.float()).float(), mask.shape[1]), 0.0)
         both = {"value": value, "value_next": next_valid(value, mask)}
         return {k: v for k, v in both.items() if k in want}
@@ -260,19 +262,23 @@ class LMPolicy:
         with torch.no_grad():
             for name, parameter in mine.items():
                 if parameter.shape != theirs[name].shape:
-                    raise PoloptError(
-                        f"the checkpoint is of another model: '{name}' has shape {tuple(theirs[name].shape)}, expected {tuple(parameter.shape)}"
-                    )
+                    shapes = f"shape {tuple(theirs[name].shape)}, expected {tuple(parameter.shape)}"
+                    raise PoloptError(f"the checkpoint is of another model: '{name}' has {shapes}")
                 parameter.copy_(theirs[name])
         for name, number in self._fingerprint().items():
             if abs(number - state["frozen"][name]) > 1e-9 * max(1.0, abs(number)):
-                raise PoloptError(f"the {name} model differs from the one that the checkpoint was trained with: was its folder changed?")
+                raise PoloptError(
+                    f"the {name} model differs from the one that the checkpoint was trained with: was its folder changed?"
+                )
 
     def _fingerprint(self) -> dict[str, float]:
         """Sums of the absolute values of frozen parameters: base model under adapters, reference."""
         out = {}
         frozen = [p for p in self.backbone.module.parameters() if not p.requires_grad]
-        for name, parameters in (("base", frozen), ("reference", self._reference[0].module.parameters() if self._reference else [])):
+        for name, parameters in (
+            ("base", frozen),
+            ("reference", self._reference[0].module.parameters() if self._reference else []),
+        ):
             if parameters:
                 out[name] = float(sum(p.detach().double().abs().sum() for p in parameters))
         return out
