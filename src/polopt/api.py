@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from polopt import catalogue, registry
 from polopt.config import load_config, save_config
-from polopt.errors import CallError, PoloptError
+from polopt.errors import CallError
 from polopt.method import Method
 from polopt.overrides import Layer, Resolved, resolve
 from polopt.part import Part
@@ -102,7 +102,7 @@ def _rewards_to_options(given: dict[str, Any]) -> dict[str, Any]:
     """`reward=` takes parts; functions given there are those of a data task."""
     value = given.get("reward")
     many = value if isinstance(value, list | tuple) else [value]
-    if value is None or not all(callable(v) and not isinstance(v, Part) and not _is_part(v) for v in many):
+    if not any(callable(v) and not isinstance(v, Part) and not _is_part(v) for v in many):
         return given
     return {**{k: v for k, v in given.items() if k != "reward"}, "options.reward": value}
 
@@ -127,18 +127,15 @@ def resume(
     budget: str | None = None,
     observers: Sequence[Observer] = (),
     method: Method | None = None,
+    task: Task | None = None,
     quiet: bool = True,
 ) -> Run:
     """Continue a run from its last checkpoint to the same numbers as the uninterrupted run; `budget` makes it longer.
 
-    method: the Method value, for a run whose method was made in Python and cannot be rebuilt from config.yaml.
+    method, task: the values, for a run whose method or task was made in Python and cannot be rebuilt from config.yaml.
     """
     folder = RunFolder.open(run)
-    resolved = read_run(folder, {} if budget is None else {"budget": budget}, method)
-    if folder.newest() is None:
-        raise PoloptError(
-            f"{folder.path} has no checkpoint yet; start it again with: polopt train --config {folder.path}/config.yaml"
-        )
+    resolved = read_run(folder, {} if budget is None else {"budget": budget}, method, task)
     if budget is not None:
         save_config(resolved, folder)
     return _drive(resolved, folder, observers, quiet=quiet, resuming=True)
@@ -227,30 +224,26 @@ def _interruptible() -> Iterator[_Control]:
 
 
 # -------------------------------------------------------------------- runs on disk
-def read_run(folder: RunFolder, over: Mapping[str, Any] | None = None, method: Method | None = None) -> Resolved:
+def read_run(
+    folder: RunFolder, over: Mapping[str, Any] | None = None, method: Method | None = None, task: Task | None = None
+) -> Resolved:
     """The resolved run that a folder's config.yaml describes, with some values changed."""
     config = load_config(folder.path / "config.yaml")
     if config.method is None or config.task is None:
         raise CallError(f"{folder.path}/config.yaml names no {'method' if config.method is None else 'task'}")
-    layers: list[Layer] = [(config.values, config.sources), (over or {}, "call")]
-    if method is None:
-        return resolve(config.method, config.task, layers, name=config.name)
-    own = {k: v for k, v in config.values.items() if k.partition(".")[0] in _settings_names()}
-    return resolve(method, config.task, [(own, config.sources), layers[1]])
+    own = config.only(method=method is None, task=task is None)
+    layers = [Layer(own.values, own.sources, listing=True), Layer(over or {}, "call")]
+    return resolve(method or config.method, task or config.task, layers, name=config.name)
 
 
-def _settings_names() -> frozenset[str]:
-    from polopt.paths import SECTIONS
-
-    return frozenset(SECTIONS)
-
-
-def load(run: str | Path, which: Which = "best", *, device: str | None = None, method: Method | None = None) -> Policy:
-    """The policy of a run's best (by held-out score) or last checkpoint, ready to `predict`."""
+def load(
+    run: str | Path, which: Which = "best", *, device: str | None = None, method: Method | None = None, task: Task | None = None
+) -> Policy:
+    """The policy of a run's best (by held-out score) or last checkpoint, ready to `predict`; method and task as for `resume`."""
     from polopt.loops.build import make_policy
 
     folder = RunFolder.open(run)
-    resolved = read_run(folder, {} if device is None else {"device": device}, method)
+    resolved = read_run(folder, {} if device is None else {"device": device}, method, task)
     state = folder.load_checkpoint(_which(which))
     policy = make_policy(resolved.task, resolved.method, resolved.settings)
     policy.load(state["policy"])

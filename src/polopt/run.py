@@ -204,12 +204,17 @@ class RunFolder:
         """Name the checkpoint of `update` the best one."""
         self.write_json("checkpoints/best.json", {"checkpoint": f"update-{update:09d}", "score": score})
 
-    def load_checkpoint(self, which: str = "last") -> State:
-        """The tree of the "last" or "best" checkpoint. Raises `PoloptError` naming the file if it is damaged or foreign."""
+    def load_path(self, which: str = "last") -> Path:
+        """Folder of the "last" or "best" checkpoint."""
         name = self.best_name() if which == "best" else None
         path = self.checkpoints / name if name and (self.checkpoints / name).exists() else self.newest()
         if path is None:
             raise PoloptError(f"{self.path} has no checkpoint yet")
+        return path
+
+    def load_checkpoint(self, which: str = "last") -> State:
+        """The tree of the "last" or "best" checkpoint. Raises `PoloptError` naming the file if it is damaged or foreign."""
+        path = self.load_path(which)
         tree, meta = load_tree(path)
         if meta.get("format") != CHECKPOINT_FORMAT:
             raise PoloptError(f"checkpoint {path} has format {meta.get('format')}, this version reads {CHECKPOINT_FORMAT}")

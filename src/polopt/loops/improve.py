@@ -67,6 +67,7 @@ class Improve:
         self.scores: dict[str, float] = {}
         self.stop: str | None = None
         self._lines: list[str] = []
+        self._is_best = False
         self._saved_at = (0, time.monotonic())
 
     # ---------------------------------------------------------------- one iteration
@@ -236,7 +237,7 @@ class Improve:
             o.event(event)
         update, when = self._saved_at
         every, now = self.settings.checkpoint.every, time.monotonic()
-        if (every and self.updates - update >= every) or now - when >= self.settings.checkpoint.seconds:
+        if self._is_best or (every and self.updates - update >= every) or now - when >= self.settings.checkpoint.seconds:
             self.save()
         elif len(self._lines) >= 256 or now - when >= 1.0:
             self.flush()
@@ -259,9 +260,7 @@ class Improve:
                 self.memory.write(slot, part.observe("evaluated", batch=entries, memory=self.memory.of(slot)))
         if score > self.scores.get("best", float("-inf")):
             self.scores["best"] = score
-            if self.folder is not None and self.updates:
-                self.save()
-                self.folder.mark_best(self.updates, score)
+            self._is_best = True  # `record` saves it, after this update's metrics are written
         return found
 
     # ---------------------------------------------------------------- saving
@@ -312,12 +311,21 @@ class Improve:
         tree = self.state()
         tree["metrics_bytes"] = self.folder.metrics_path.stat().st_size if self.folder.metrics_path.exists() else 0
         self.folder.save_checkpoint(self.updates, tree, self.settings.checkpoint.keep)
+        if self._is_best:
+            self.folder.mark_best(self.updates, self.scores["best"])
+            self._is_best = False
         self._saved_at = (self.updates, time.monotonic())
 
     def resume(self) -> None:
-        """Load the newest checkpoint of the run folder and forget metrics that were written after it."""
+        """Load the newest checkpoint of the run folder and forget metrics that were written after it.
+
+        A run that was killed before its first checkpoint starts again.
+        """
         if self.folder is None:
             raise PoloptError("this run has no folder to resume from")
+        if self.folder.newest() is None:
+            self.folder.cut_metrics(0)
+            return
         state = self.folder.load_checkpoint("last")
         self.load(state)
         self.folder.cut_metrics(state["metrics_bytes"])
