@@ -72,7 +72,7 @@ def test_a_pipe_gets_few_plain_lines_without_control_characters(fake_time: FakeT
     assert re.search(r" 40%  update 1,20\d  accuracy 0.62  reward 0.6  entropy 0.31  KL 0.002", lines[2])
     assert "205k decisions/s" in lines[2]
     assert lines[2].endswith("0:18 left")
-    assert lines[-1] == "done · held-out 0.41 → 0.87 (update 40) · 40 updates · 81.9k decisions · 1:15"
+    assert lines[-1] == "done · held-out 0.41 → 0.87 · 40 updates · 81.9k decisions · 1:15"
 
 
 def test_quiet_shows_nothing_and_does_nothing() -> None:

@@ -125,7 +125,14 @@ def test_the_page_loads_nothing_and_runs_nothing(make_run: MakeRun, control: boo
 def test_everything_that_comes_from_the_run_is_escaped(make_run: MakeRun) -> None:
     evil = "<script>alert('x')</script>\"&amp;$x^2$"
     lines = [
-        {"update": i, "decisions": i, "eval_score": float(i), f"reward/{evil}": float(i), f"own {evil}": float(i * i)}
+        {
+            "update": i,
+            "decisions": i,
+            "eval_score": float(i),
+            f"reward/{evil}": float(i),
+            f"own {evil}": float(i * i),
+            "reward/other": 1.0,
+        }
         for i in range(1, 50)
     ]
     folder = make_run(lines, method=evil, task=evil, status=evil, versions={evil: evil}, error=evil, command=["polopt", evil])
@@ -230,13 +237,13 @@ def test_scores_known_only_from_the_summary_are_drawn_and_judged(make_run: MakeR
     lines = [{k: v for k, v in row.items() if k != "eval_score"} for row in healthy_lines(30)]
     _, numbers = report(make_run(lines, eval_score=0.39))
     assert numbers["curves"]["eval_score"]["mean"] == [0.41, 0.39]
-    assert numbers["verdict"][1] == "The held-out score fell from 0.41 to 0.39."
+    assert numbers["verdict"][0].endswith(" The held-out score fell from 0.41 to 0.39.")
 
 
 @pytest.mark.parametrize(("end", "words"), [(0.413, "stayed about where it was"), (0.5, "rose from"), (0.3, "fell from")])
 def test_the_verdict_follows_the_score(make_run: MakeRun, end: float, words: str) -> None:
     _, numbers = report(make_run(30, eval_score=end))
-    assert words in numbers["verdict"][1]
+    assert words in numbers["verdict"][0]
 
 
 def test_other_folders_are_refused(tmp_path: Path) -> None:
@@ -328,7 +335,7 @@ def test_panels_mark_only_warnings_that_exist_and_unknown_metrics_get_a_panel() 
     known = {rule.code for rule in RULES}
     assert all(panel.codes <= known for panel in PANELS)
     assert len({panel.key for panel in PANELS}) == len(PANELS)
-    keys = [p.key for p in panels_for(["update", "decisions", "reward", "reward/a", "loss/critic", "my_number", "lr"])]
+    keys = [p.key for p in panels_for(["update", "decisions", "reward", "reward/a", "reward/b", "loss/critic", "my_number", "lr"])]
     assert keys == ["reward", "rewards", "loss/critic", "my_number", "lr"]
 
 

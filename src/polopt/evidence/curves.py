@@ -106,22 +106,33 @@ def line_of(key: str, label: str, x: Column, y: Column, *, points: int = 240) ->
 
 
 # ------------------------------------------------------------------------------------------------------------ drawing
-def draw(panel: Panel, lines: list[Line], marks: list[float], *, width: int = 400, height: int = 200) -> str:
-    """SVG element of a panel. marks: x positions of warnings. Pixels are user units; it scales with its container."""
+def draw(panel: Panel, lines: list[Line], marks: list[float], until: float, *, width: int = 400, height: int = 200) -> str:
+    """SVG element of a panel. marks: x positions of warnings; until: end of the x axis.
+
+    Pixels are user units; it scales with its container.
+    """
     import matplotlib
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "polopt", "path.simplify_threshold": 0.3, "font.size": 11}):
         figure = Figure(figsize=(width / 72, height / 72), dpi=72)
         axes = figure.add_axes((48 / width, 26 / height, (width - 58) / width, (height - 36) / height))
-        _plot(axes, panel, lines, marks, _SERIES, _INK, _GRID, _ALERT)
+        _plot(axes, panel, lines, marks, until, _SERIES, _INK, _GRID, _ALERT)
         out = io.StringIO()
         figure.savefig(out, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     return _themed(out.getvalue(), panel, lines, width)
 
 
 def _plot(
-    axes: Axes, panel: Panel, lines: list[Line], marks: list[float], colours: tuple[str, ...], ink: str, grid: str, alert: str
+    axes: Axes,
+    panel: Panel,
+    lines: list[Line],
+    marks: list[float],
+    until: float,
+    colours: tuple[str, ...],
+    ink: str,
+    grid: str,
+    alert: str,
 ) -> None:
     floor = -math.inf if panel.floor is None else panel.floor
 
@@ -145,10 +156,10 @@ def _plot(
                 axes.fill_between(line.x, up(line.low), up(line.high), color=colour, alpha=0.16, linewidth=0)
             axes.plot(line.x, up(line.mean), color=colour, linewidth=0.9, alpha=0.38)
             axes.plot(line.x, up(line.smooth), color=colour, linewidth=1.9)
-    _axes(axes, panel, lines, ink, grid)
+    _axes(axes, panel, lines, until, ink, grid)
 
 
-def _axes(axes: Axes, panel: Panel, lines: list[Line], ink: str, grid: str) -> None:
+def _axes(axes: Axes, panel: Panel, lines: list[Line], until: float, ink: str, grid: str) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
     lowest = min(line.lowest for line in lines)
@@ -166,7 +177,8 @@ def _axes(axes: Axes, panel: Panel, lines: list[Line], ink: str, grid: str) -> N
         room = 0.06 * (highest - bottom) or 0.1 * abs(highest) or 1.0
         axes.set_ylim(0.0 if lowest == 0 < highest else bottom - room, highest + room)
         axes.yaxis.set_major_locator(MaxNLocator(4))
-    left, right = min(float(np.nanmin(line.x)) for line in lines), max(float(np.nanmax(line.x)) for line in lines)
+    left = min(float(np.nanmin(line.x)) for line in lines)
+    right = max(until, left)
     axes.set_xlim(*((0.0 if left < 0.2 * right else left, right) if right > left else (left - 0.5, left + 0.5)))
     axes.xaxis.set_major_locator(MaxNLocator(5 if right > left else 1))
     axes.xaxis.set_major_formatter(FuncFormatter(_tick))
@@ -224,7 +236,7 @@ def _attribute(text: str) -> str:
     return html.escape(text, quote=True)
 
 
-def save_png(path: Path, title: str, rows: list[tuple[Panel, list[Line]]]) -> None:
+def save_png(path: Path, title: str, rows: list[tuple[Panel, list[Line]]], until: float) -> None:
     """The most telling panels, one below the other, as a picture for a message or a paper draft."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -234,7 +246,7 @@ def save_png(path: Path, title: str, rows: list[tuple[Panel, list[Line]]]) -> No
     figure.suptitle(title, fontsize=12)
     for i, (panel, lines) in enumerate(rows):
         axes = figure.add_subplot(len(rows), 1, i + 1)
-        _plot(axes, panel, lines, [], _PRINT, "#57606a", "#e5e7eb", "#b45309")
+        _plot(axes, panel, lines, [], until, _PRINT, "#57606a", "#e5e7eb", "#b45309")
         axes.set_title(panel.title, loc="left", fontsize=11)
         if i == len(rows) - 1:
             axes.set_xlabel("decisions")

@@ -128,7 +128,7 @@ def panels_for(metrics: Iterable[str]) -> list[Panel]:
     names = list(metrics)
     out = [p for p in PANELS if any(key in names for key, _ in p.series)]
     channels = tuple((k, k.removeprefix("reward/")) for k in names if k.startswith("reward/"))
-    if channels:
+    if len(channels) > 1:
         place = max((i for i, p in enumerate(out) if p.section == "learn"), default=-1) + 1
         out.insert(
             place,

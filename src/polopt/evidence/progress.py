@@ -217,7 +217,7 @@ class Progress:
         return line
 
     def _ending(self, summary: Mapping[str, Any]) -> str:
-        parts = [str(summary.get("status", "ended")), self._held_out()]
+        parts = [str(summary.get("status", "ended")), self._held_out().partition(" (")[0]]
         if finite(summary.get("updates")):
             parts.append(f"{int(summary['updates']):,} updates")
         if finite(summary.get("decisions")):

@@ -53,7 +53,7 @@ def make_report(folder: Path) -> Path:
     main = [d for d in drawn if d[0].key in ("eval_score", "accuracy", "episode_return", "reward")][:2]
     if main:
         temporary = history.folder / ".curve.part.png"
-        save_png(temporary, _plain(f"{title}, seed {history.fact('seed')}"), main)
+        save_png(temporary, _plain(f"{title}, seed {history.fact('seed')}"), main, _end(drawn))
         temporary.replace(history.folder / "curve.png")
     page = history.folder / "report.html"
     _write(page, _page(history, title, sentences, drawn).encode())
@@ -162,7 +162,7 @@ def _page(history: History, title: str, sentences: list[str], drawn: list[Drawn]
         f'<div class="brow"><span>polopt report</span>{"" if seed is None else f"<span>seed {_e(seed)}</span>"}'
         f'<span class="status {_e(_word(history.status))}">{_e(history.status)}</span></div>',
         f"<h1>{_e(title)}</h1>",
-        '<section class="verdict">' + "".join(f"<p>{_e(s)}</p>" for s in _paragraphs(sentences)) + "</section>",
+        '<section class="verdict">' + "".join(f"<p>{_e(s)}</p>" for s in sentences) + "</section>",
         '<dl class="tiles">'
         + "".join(f'<div class="tile"><dt>{_e(k)}</dt><dd>{_e(v)}</dd></div>' for k, v in tiles(history))
         + "</dl>",
@@ -186,14 +186,6 @@ def _word(text: str) -> str:
     return "".join(c for c in text if c.isalnum())
 
 
-def _paragraphs(sentences: list[str]) -> list[str]:
-    """What happened in one paragraph, how it ended and what is wrong in the next."""
-    return [
-        " ".join(sentences[:2]),
-        " ".join(s if s.endswith((".", "!", "?")) or "polopt resume" in s else s + "." for s in sentences[2:]),
-    ]
-
-
 def _findings(history: History) -> str:
     items = [
         f'<li class="finding {f.level}"><h3>{_e(f.title)}<span class="kind">{_e(f.level)}</span></h3>'
@@ -211,6 +203,7 @@ def _curves(history: History, drawn: list[Drawn]) -> Iterable[str]:
     if not drawn:
         return
     marks = {f.code: float(f.decisions) for f in history.findings}
+    until = _end(drawn)
     constants: list[Drawn] = []
     further = 0
     for section, heading in SECTIONS.items():
@@ -221,7 +214,7 @@ def _curves(history: History, drawn: list[Drawn]) -> Iterable[str]:
                 continue
             further += section == "more"
             if further <= MOST_FURTHER or section != "more":
-                figures.append(_figure(panel, lines, [marks[c] for c in sorted(panel.codes) if c in marks]))
+                figures.append(_figure(panel, lines, [marks[c] for c in sorted(panel.codes) if c in marks], until))
         if not figures:
             continue
         plots = f'<div class="panels">{"".join(figures)}</div>'
@@ -240,13 +233,18 @@ def _curves(history: History, drawn: list[Drawn]) -> Iterable[str]:
         yield f'<p class="quiet">{further - MOST_FURTHER} further metrics are in report.json and metrics.jsonl.</p>'
 
 
-def _figure(panel: Panel, lines: list[Line], marks: list[float]) -> str:
+def _end(drawn: list[Drawn]) -> float:
+    """Where all horizontal axes end: the last decision of the run."""
+    return max((float(np.nanmax(line.x)) for _, lines in drawn for line in lines), default=0.0)
+
+
+def _figure(panel: Panel, lines: list[Line], marks: list[float], until: float) -> str:
     hero = panel.key == "eval_score"
     if hero:  # one picture for wide windows and one for phones, so that labels keep their size
-        wide, narrow = draw(panel, lines, marks, width=1100, height=250), draw(panel, lines, marks)
+        wide, narrow = draw(panel, lines, marks, until, width=1100, height=250), draw(panel, lines, marks, until)
         picture = f'<div class="wide">{wide}</div><div class="narrow">{narrow}</div>'
     else:
-        picture = draw(panel, lines, marks)
+        picture = draw(panel, lines, marks, until)
     legend = ""
     if len(lines) > 1 and panel.kind != "band":
         names = "".join(

@@ -184,7 +184,7 @@ def _fell(p: Pulse, t: Thresholds) -> Reading | None:
     if not p.evaluated or s.n < 3:
         return None
     limit = s.first + 0.5 * (s.best - s.first) if s.best - s.first > s.tolerance else s.first - 3 * s.tolerance
-    return Reading(s.last < limit and s.previous < limit, s.last, s.best, what=f"{s.best_update:,}")
+    return Reading(s.last < limit and s.previous < limit, s.last, s.best, what=f"update {s.best_update:,}" if s.best_update else "")
 
 
 # -------------------------------------------------------------------------------------------------------------- words
@@ -202,6 +202,12 @@ def _say_value(r: Reading, t: Thresholds) -> str:
         return f"the critic's loss is {r.reference:,.0f} times that of the start and it explains nothing (explained variance "
         f"{r.value:.2g})"
     return f"the critic had predicted worse than a constant for {t.value_updates} updates (explained variance {r.value:.2g})"
+
+
+def _say_fell(r: Reading, t: Thresholds) -> str:
+    if r.what:
+        return f"it stands at {r.value:.3g} after a best of {r.reference:.3g} at {r.what}"
+    return f"it stands at {r.value:.3g}, below the {r.reference:.3g} from before training"
 
 
 RULES: tuple[Rule, ...] = (
@@ -317,7 +323,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "fell-back", "The held-out score fell back", _fell,
-        lambda r, t: f"it stands at {r.value:.3g} after a best of {r.reference:.3g} at update {r.what}",
+        _say_fell,
         "Training went on past the best policy, or broke down.",
         "Use the best checkpoint. Lower or decay the learning rate, and look for other warnings just before the fall.",
         patience=_once, low_is_bad=True, extreme="lowest",

@@ -62,18 +62,18 @@ def verdict(history: History) -> list[str]:
         size_ = f" ({decisions:,.0f} decisions)" if finite(decisions) else ""
         time_ = f" in {duration(seconds)}" if finite(seconds) else ""
         first = f"{method} was trained on {task} for {n:,} update{'s' if n != 1 else ''}{size_}{time_}."
-    return [first, *_outcome(history), *_ending(history), _wrong(history)]
+    return [f"{first} {_outcome(history)}", *_ending(history), _wrong(history)]
 
 
-def _outcome(history: History) -> list[str]:
+def _outcome(history: History) -> str:
     start, end = scores(history)
     if finite(start) and finite(end):
         gain = end - start
         if abs(gain) <= 0.02 * abs(start):
-            return [f"The held-out score stayed about where it was: {number(start)} before, {number(end)} after."]
-        return [f"The held-out score {'rose' if gain > 0 else 'fell'} from {number(start)} to {number(end)}."]
+            return f"The held-out score stayed about where it was: {number(start)} before, {number(end)} after."
+        return f"The held-out score {'rose' if gain > 0 else 'fell'} from {number(start)} to {number(end)}."
     if finite(end):
-        return [f"The held-out score at the end is {number(end)}; there is none from the start to compare it with."]
+        return f"The held-out score at the end is {number(end)}; there is none from the start to compare it with."
     for key, name in (
         ("accuracy", "Training accuracy"),
         ("episode_return", "The training return"),
@@ -82,11 +82,9 @@ def _outcome(history: History) -> list[str]:
         column = history.columns.get(key)
         if column is not None and (good := column[column == column]).size >= 2:
             k = max(len(good) // 20, 1)
-            return [
-                f"{name} went from {number(float(good[:k].mean()))} to {number(float(good[-k:].mean()))}; there is no held-out "
-                "score."
-            ]
-    return ["There is no held-out score."]
+            before, after = number(float(good[:k].mean())), number(float(good[-k:].mean()))
+            return f"{name} went from {before} to {after}; there is no held-out score."
+    return "There is no held-out score."
 
 
 def _ending(history: History) -> list[str]:
@@ -95,7 +93,8 @@ def _ending(history: History) -> list[str]:
     if history.status == "done":
         return []
     if history.status == "failed":
-        return [f"The run failed{': ' + str(error) if error else ' before its budget was used'}"]
+        said = f"The run failed: {error}" if error else "The run failed before its budget was used."
+        return [said if said.endswith((".", "!", "?")) else said + "."]
     if history.status == "interrupted":
         return [f"It was interrupted and saved before its budget was used; continue with: polopt resume {folder}"]
     if history.status == "running":
