@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from polopt.errors import CallError
 from polopt.method import Method
 from polopt.overrides import Resolved
 from polopt.part import _PARTS, Part
-from polopt.paths import Slot
+from polopt.paths import Slot, method_leaves
 from polopt.registry import all_methods
 
 if TYPE_CHECKING:
@@ -35,6 +35,29 @@ class Config:
     values: Mapping[str, Any] = field(default_factory=dict)
     sources: Mapping[str, str] = field(default_factory=dict)
 
+    def only(self, *, method: bool = True, task: bool = True) -> Config:
+        """What a file can rebuild: parts and rewards that were made in Python are refused.
+
+        method, task: False if the caller has the object itself; its nameless parts, or all options of the task, are then left out.
+        """
+        own = {k: v for k, v in self.values.items() if task or not k.startswith("options.")}
+        for path, text in [(k, t) for k, v in own.items() if (t := _nameless(v))]:
+            what = "task" if path.startswith("options.") else "method"
+            if what == "task" or method:
+                raise CallError(
+                    f"{path} = {text} ({self.sources[path]}) was made in Python and cannot be rebuilt from a file; "
+                    f"pass the object again, e.g. polopt.resume(RUN, {what}=...), or keep it in a file of its own"
+                )
+            del own[path]
+        return replace(self, values=own)
+
+
+def _nameless(value: Any) -> str | None:
+    """The `<name>` that stands for an object without a place in a file, if there is one in `value`."""
+    many = value if isinstance(value, list) else [value]
+    texts = [v.get("part") if isinstance(v, dict) else v for v in many]
+    return next((t for t in texts if isinstance(t, str) and t.startswith("<") and t.endswith(">")), None)
+
 
 # -------------------------------------------------------------------- writing
 def dump_config(resolved: Resolved, place: Callable[[str], str] | None = None) -> str:
@@ -48,7 +71,7 @@ def dump_config(resolved: Resolved, place: Callable[[str], str] | None = None) -
     lines.append(f"method: {_yaml(place(base) if '.py:' in base else base)}")
     if resolved.method.name != base.rpartition(":")[2]:
         lines.append(f"name: {_yaml(resolved.method.name)}")
-    lines.append(f"task: {_yaml(_task_name(resolved.task.name, place))}")
+    lines.append(f"task: {_yaml(_task_name(resolved.task_name or resolved.task.name, place))}")
     tree: dict[str, Any] = {}
     for path, leaf in resolved.leaves().items():
         if isinstance(leaf.type, Slot) and leaf.type.plural:
@@ -90,16 +113,31 @@ def _block(tree: Mapping[str, Any], indent: str, prefix: str, resolved: Resolved
         elif isinstance(value, Mapping):
             yield f"{indent}{key}:"
             yield from _block(value, indent + "  ", f"{prefix}{key}.", resolved, place)
+        elif (
+            isinstance(value, _List)
+            and any(part_spec(value.kind, p) is None for p in value.parts)
+            and _same_in_base(path, value.parts, resolved)
+        ):
+            yield f"{indent}# {key}: as in the method"
         elif isinstance(value, _List):
             yield f"{indent}{key}:{remark}" if value.parts else f"{indent}{key}: []{remark}"
             for part in value.parts:
                 yield f"{indent}  - part: {_yaml(_spec_text(value.kind, part, place))}"
                 for name, given in _settings_of(part):
                     yield f"{indent}    {name}: {_value(given, place)}"
+        elif key == "part" and part_spec(_kind(path), value) is None and _same_in_base(path, value, resolved):
+            continue  # the method brings it
         elif key == "part":
             yield f"{indent}part: {_yaml(_spec_text(_kind(path), value, place))}{remark}"
         else:
             yield f"{indent}{key}: {_value(value, place)}{remark}"
+
+
+def _same_in_base(path: str, value: Any, resolved: Resolved) -> bool:
+    """Whether the method that `method:` names holds the same part at `path`, so that it need not be named."""
+    base = resolved.base if resolved.base_name else all_methods().get(base_of(resolved))
+    leaf = method_leaves(base).get(path) if base else None
+    return leaf is not None and (leaf.value == value if isinstance(value, tuple) else type(leaf.value) is type(value))
 
 
 def _remark(path: str, resolved: Resolved) -> str:
@@ -125,15 +163,24 @@ def _settings_of(part: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def _value(value: Any, place: Callable[[str], str]) -> str:
     """A value as inline YAML; functions and classes of the user's files by reference."""
-    if callable(value) or (isinstance(value, list | tuple) and any(callable(v) for v in value)):
-        many = value if isinstance(value, list | tuple) else [value]
-        specs = [place(spec_of(v) or f"<{getattr(v, '__name__', v)}>") if callable(v) else v for v in many]
-        return _yaml(specs if isinstance(value, list | tuple) else specs[0])
+    if isinstance(value, list | tuple) and any(callable(v) for v in value):
+        return _yaml([_reference(v, place) if callable(v) else v for v in value])
+    if callable(value):
+        return _yaml(_reference(value, place))
     if isinstance(value, str) and ".py:" in value:
         return _yaml(place(absolute(value)))
     if isinstance(value, str) and value and ("/" in value or value.endswith((".jsonl", ".parquet"))) and Path(value).exists():
         return _yaml(str(Path(value).resolve()))
     return _yaml(value)
+
+
+def _reference(thing: Any, place: Callable[[str], str]) -> str:
+    spec = spec_of(thing)
+    return place(spec) if spec else _unnamed(thing)
+
+
+def _unnamed(thing: Any) -> str:
+    return f"<{getattr(thing, '__name__', type(thing).__name__)}>"
 
 
 def _yaml(value: Any) -> str:
@@ -152,11 +199,8 @@ def _plain(value: Any) -> Any:
 
 
 def _task_name(name: str, place: Callable[[str], str]) -> str:
-    """A task's name that means the same in another working directory."""
-    prefix, _, rest = name.partition(":")
-    if ".py:" in name:
-        return place(absolute(name))
-    return f"{prefix}:{Path(rest).resolve()}" if prefix == "data" and Path(rest).expanduser().exists() else name
+    """The task as given; a file of the user's by reference (data files stay where they are)."""
+    return place(absolute(name)) if ".py:" in name else name
 
 
 # -------------------------------------------------------------------- references to code
@@ -187,7 +231,7 @@ def part_spec(kind: str, part: Part) -> str | None:
 
 
 def _spec_text(kind: str, part: Part, place: Callable[[str], str]) -> str:
-    spec = part_spec(kind, part) or f"<{type(part).__name__}>"
+    spec = part_spec(kind, part) or _unnamed(type(part))
     return place(spec) if ".py:" in spec else spec
 
 

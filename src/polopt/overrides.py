@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from polopt.errors import CallError
 from polopt.method import Method
@@ -16,7 +16,17 @@ if TYPE_CHECKING:
     from polopt.interfaces import Task
 
 Origin = Literal["default", "task", "user"]
-Layer = tuple[Mapping[str, Any], Mapping[str, str] | str]  # values by path, and where they were given
+
+
+class Layer(NamedTuple):
+    """Values of the user by path, and where they were given (one text, or one by path), for messages.
+
+    listing: it is a full listing such as a run's config.yaml, in which only what differs from the defaults was somebody's choice.
+    """
+
+    values: Mapping[str, Any]
+    sources: Mapping[str, str] | str = ""
+    listing: bool = False
 
 
 @dataclass(frozen=True)
@@ -33,6 +43,7 @@ class Resolved:
     origin: Mapping[str, Origin] = field(default_factory=dict)
     base: Method | None = None
     base_name: str = ""  # as given: "grpo" or "my_file.py:MINE"; empty for a Method value
+    task_name: str = ""  # as given: "gym:CartPole-v1" or "my_file.py:MyTask"; empty for a task object
     given: Mapping[str, Any] = field(default_factory=dict)  # the user's values by canonical path, as given
     defaults: Mapping[str, Any] = field(default_factory=dict)  # by canonical path: what the value is without user and preset
 
@@ -93,38 +104,27 @@ def resolve(
         raise CallError(f"method must be a name or a Method, got {type(base).__name__}")
     layers = _layers(user, sources)
     chosen, wanted = _gather(base, layers)
-    options = {w.path.partition(".")[2]: w for w in wanted.values() if w.path.startswith("options.")}
-    made = _make_task(task, {k: coerce(Leaf(w.path, Any, None), w.value) for k, w in options.items()})
-
-    check = getattr(made, "check", None)  # a quick look that loads no environment, model or data
-    if check is not None:
-        check()
-
-    def said(method: Method) -> dict[str, _Wanted]:
-        found = {canonical(p, method): (p, v) for p, v in made.preset(method).items()}
-        mine = [w.path for w in wanted.values() if w.slot]
-        return {
-            full: _Wanted(full, given, value, f"preset of {made.name}", _slot_leaf(given, method) is not None)
-            for full, (given, value) in found.items()
-            if full not in wanted and not any(full.startswith(f"{slot}.") for slot in mine)
-        }
-
-    for preset in said(chosen).values():
-        if preset.slot:
-            chosen = _put(chosen, find(preset.path, chosen, Settings()), preset.value, preset.source, preset.given)
+    made = _make_task(task, wanted)
+    for preset in _presets(made, chosen).values():
+        if preset.slot and _free(preset, wanted):
+            chosen = _put(chosen, find(preset.path, chosen, Settings(), full_first=True), preset.value, preset.source, preset.given)
     start, settings = chosen, Settings()
     for w in wanted.values():
         chosen, settings = _set(chosen, settings, w)
-    presets = {full: w for full, w in said(chosen).items() if not _inapplicable(full, chosen)}
+    presets = _presets(made, chosen)
     for w in presets.values():
-        chosen, settings = _set(chosen, settings, w)
+        if _free(w, wanted):
+            chosen, settings = _set(chosen, settings, w)
 
     after = settings_leaves(settings) | method_leaves(chosen)
-    origin = {path: _origin(path, wanted, presets) for path in after}
-    defaults = {p: leaf.value for p, leaf in (settings_leaves(Settings()) | method_leaves(start) | _slots_of(base)).items()}
-    given = {w.path: w.value for w in wanted.values()}
+    before = settings_leaves(Settings()) | method_leaves(start) | _kept(base, start)
+    defaults = {p: leaf.value for p, leaf in before.items()}
+    given = _choices(wanted, after, defaults, presets)
+    by_task = {p for p, w in presets.items() if p not in given and (_free(w, wanted) or p in wanted)}
+    origin = {path: _origin(path, given, by_task) for path in after}
     base_name = method if isinstance(method, str) and ".py:" in method else base.name if isinstance(method, str) else ""
-    found = Resolved(replace(chosen, name=name or chosen.name), made, settings, origin, base, base_name, given, defaults)
+    task_name = task if isinstance(task, str) else ""
+    found = Resolved(replace(chosen, name=name or chosen.name), made, settings, origin, base, base_name, task_name, given, defaults)
     refuse(found, {w.path: w.source for w in wanted.values()})
     return found
 
@@ -138,11 +138,42 @@ class _Wanted:
     value: Any
     source: str
     slot: bool
+    listing: bool = False
+
+
+def _presets(task: Task, method: Method) -> dict[str, _Wanted]:
+    """The task's preset for `method` by canonical path, without settings that only other parts have."""
+    found = {}
+    for path, value in task.preset(method).items():
+        full = canonical(path, method)
+        if _is_setting(full) or full in method_leaves(method):
+            found[full] = _Wanted(full, path, value, f"preset of {task.name}", _slot_leaf(path, method) is not None)
+    return found
+
+
+def _free(preset: _Wanted, wanted: Mapping[str, _Wanted]) -> bool:
+    """Whether the user leaves this value to the task: neither set nor part of something that the user replaced."""
+    return preset.path not in wanted and not any(w.slot and preset.path.startswith(f"{w.path}.") for w in wanted.values())
+
+
+def _choices(
+    wanted: Mapping[str, _Wanted], after: Mapping[str, Leaf], defaults: Mapping[str, Any], presets: Mapping[str, _Wanted]
+) -> dict[str, Any]:
+    """What the user set; values of a listing count only where they differ from what they would have been anyway."""
+    given = {}
+    for path, w in wanted.items():
+        if w.listing and path in after and (path in presets or path in defaults):
+            leaf = after[path]
+            without = coerce(leaf, presets[path].value) if path in presets else defaults[path]
+            if _same(leaf, Leaf(path, leaf.type, without)) if isinstance(leaf.type, Slot) else leaf.value == without:
+                continue
+        given[path] = w.value
+    return given
 
 
 def _layers(user: Mapping[str, Any] | Sequence[Layer] | None, sources: Mapping[str, str] | str) -> list[Layer]:
-    many = [(user or {}, sources)] if user is None or isinstance(user, Mapping) else list(user)
-    return [(flatten(values), where) for values, where in many]
+    many = [Layer(user or {}, sources)] if user is None or isinstance(user, Mapping) else list(user)
+    return [layer._replace(values=flatten(layer.values)) for layer in many]
 
 
 def _gather(base: Method, layers: Sequence[Layer]) -> tuple[Method, dict[str, _Wanted]]:
@@ -152,40 +183,49 @@ def _gather(base: Method, layers: Sequence[Layer]) -> tuple[Method, dict[str, _W
     """
     chosen, wanted = base, dict[str, _Wanted]()
     settings = {f.name for f in fields(Settings)} | {"task"}
-    for values, sources in layers:
+    for values, sources, listing in layers:
         here: dict[str, _Wanted] = {}
-
-        def add(path: str, leaf: Leaf, source: str, here: dict[str, _Wanted] = here, values: Mapping[str, Any] = values) -> None:
-            if leaf.path in here:
-                first = here[leaf.path].given
-                raise CallError(f"'{path}' and '{first}' both set {leaf.path}" + (f" ({source})" if source else ""))
-            here[leaf.path] = _Wanted(leaf.path, path, values[path], source, isinstance(leaf.type, Slot))
 
         source = {p: sources if isinstance(sources, str) else sources.get(p, "") for p in values}
         fields_later = []
         for path in sorted(values, key=lambda p: p.count(".")):  # parts first: their settings are checked against them
-            leaf = None if path.partition(".")[0] in settings else _slot_leaf(path, chosen)
+            leaf = None if path.partition(".")[0] in settings else _slot_leaf(path, chosen, full_first=listing)
             if leaf is None:
                 fields_later.append(path)
                 continue
-            add(path, leaf, source[path])
+            _add(here, _Wanted(leaf.path, path, values[path], source[path], True, listing))
             chosen = _put(chosen, leaf, values[path], source[path], path)
             wanted = {full: w for full, w in wanted.items() if not full.startswith(f"{leaf.path}.")}
         for path in fields_later:
-            add(path, find(path, chosen, Settings(), source[path]), source[path])
+            leaf = find(path, chosen, Settings(), source[path], full_first=listing)
+            _add(here, _Wanted(leaf.path, path, values[path], source[path], isinstance(leaf.type, Slot), listing))
         wanted |= here
     return chosen, wanted
 
 
-def _slots_of(method: Method) -> dict[str, Leaf]:
-    return {p: leaf for p, leaf in method_leaves(method).items() if isinstance(leaf.type, Slot)}
+def _add(here: dict[str, _Wanted], wanted: _Wanted) -> None:
+    if wanted.path in here:
+        where = f" ({wanted.source})" if wanted.source else ""
+        raise CallError(f"'{wanted.given}' and '{here[wanted.path].given}' both set {wanted.path}{where}")
+    here[wanted.path] = wanted
+
+
+def _kept(base: Method, chosen: Method) -> dict[str, Leaf]:
+    """The slots of `base`, and the settings of those parts that are of the same class in `chosen`."""
+    mine, other = method_leaves(base), method_leaves(chosen)
+    swapped = [p for p, leaf in mine.items() if isinstance(leaf.type, Slot) and p in other and not _same(leaf, other[p])]
+    return {p: leaf for p, leaf in mine.items() if not any(p.startswith(f"{slot}.") for slot in swapped)}
+
+
+def _same(a: Leaf, b: Leaf) -> bool:
+    return a.value == b.value if isinstance(a.value, tuple) else type(a.value) is type(b.value)
 
 
 def _set(method: Method, settings: Settings, wanted: _Wanted) -> tuple[Method, Settings]:
     """Set a value that names no parts (those are in place already)."""
     if wanted.slot:
         return method, settings
-    leaf = find(wanted.path, method, settings, wanted.source)
+    leaf = find(wanted.path, method, settings, wanted.source, full_first=True)
     if not _is_setting(leaf.path):
         return _put(method, leaf, wanted.value, wanted.source, wanted.given), settings
     made = coerce(leaf, wanted.value, wanted.source, wanted.given)
@@ -196,23 +236,18 @@ def _is_setting(path: str) -> bool:
     return path.partition(".")[0] in {f.name for f in fields(Settings)}
 
 
-def _slot_leaf(path: str, method: Method) -> Leaf | None:
+def _slot_leaf(path: str, method: Method, *, full_first: bool = False) -> Leaf | None:
     """The leaf of a path that names a slot, or None."""
     if _is_setting(path):
         return None
     try:
-        leaf = find(path, method, Settings())
+        leaf = find(path, method, Settings(), full_first=full_first)
     except CallError:
         return None
     return leaf if isinstance(leaf.type, Slot) else None
 
 
-def _inapplicable(path: str, method: Method) -> bool:
-    """A preset for a setting that only other parts have (the learning rate of a rule without one)."""
-    return not _is_setting(path) and path not in method_leaves(method)
-
-
-def _origin(path: str, given: Mapping[str, Any], preset: Mapping[str, Any]) -> Origin:
+def _origin(path: str, given: Collection[str], preset: Collection[str]) -> Origin:
     """Where the value at `path` comes from; settings of a part come with it unless they were set themselves."""
     while path:
         if path in given:
@@ -223,14 +258,21 @@ def _origin(path: str, given: Mapping[str, Any], preset: Mapping[str, Any]) -> O
     return "default"
 
 
-def _make_task(task: str | Task, options: Mapping[str, Any]) -> Task:
+def _make_task(task: str | Task, wanted: Mapping[str, _Wanted]) -> Task:
+    """The task with its options; its own quick check loads no environment, model or data."""
+    options = {w.path.partition(".")[2]: w for w in wanted.values() if w.path.startswith("options.")}
     if isinstance(task, str):
         from polopt.tasks import make
 
-        return make(task, options)
-    if options:
+        made = make(task, {k: coerce(Leaf(w.path, Any, None), w.value) for k, w in options.items()})
+    elif options:
         raise CallError(f"options.{next(iter(options))}: the task was given as an object, set its options there")
-    return task
+    else:
+        made = task
+    check = getattr(made, "check", None)
+    if check is not None:
+        check()
+    return made
 
 
 def refuse(resolved: Resolved, source: Mapping[str, str]) -> None:

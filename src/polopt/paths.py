@@ -8,7 +8,7 @@ import functools
 import math
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -141,8 +141,13 @@ def _in_plural(path: str, method: Method, known: Mapping[str, Leaf]) -> str:
     return having[0] if having else path
 
 
-def find(path: str, method: Method, settings: Settings, source: str = "", also: Iterable[str] = ()) -> Leaf:
-    """The leaf that a path or shorthand means; an unknown one is refused with the nearest valid path."""
+def find(path: str, method: Method, settings: Settings, source: str = "", *, full_first: bool = False) -> Leaf:
+    """The leaf that a path or shorthand means; an unknown one is refused with the nearest valid path.
+
+    full_first: a full path means itself, also where the first update has a part of its own in that slot.
+    """
+    if full_first and (exact := method_leaves(method).get(path)) is not None:
+        return exact
     for form in dict.fromkeys((path, path.replace("-", "_"))):
         full = canonical(form, method)
         leaves = settings_leaves(settings) if full.partition(".")[0] in SECTIONS else method_leaves(method)
@@ -156,7 +161,7 @@ def find(path: str, method: Method, settings: Settings, source: str = "", also: 
     if any(p.startswith(f"{path}.") for p in leaves):
         inside = sorted(p for p in leaves if p.startswith(f"{path}."))
         raise CallError(f"'{path}'{_from(source)} is a section; set one of {', '.join(inside)}")
-    raise CallError(f"unknown setting '{path}'{_from(source)}{suggestion(path, [*leaves, *also], method)}")
+    raise CallError(f"unknown setting '{path}'{_from(source)}{suggestion(path, list(leaves), method)}")
 
 
 def _update_slot(path: str, method: Method) -> Leaf | None:
@@ -224,6 +229,8 @@ def coerce(leaf: Leaf, value: Any, source: str = "", path: str = "") -> Any:
 def _convert(annotation: Any, value: Any) -> Any:
     if annotation is Any:
         return guess(value) if isinstance(value, str) else value
+    if isinstance(value, str) and value in _words(annotation):
+        return value  # before "none" is taken for None
     args = typing.get_args(annotation) if typing.get_origin(annotation) in (typing.Union, types.UnionType) else (annotation,)
     if value is None or (isinstance(value, str) and value.strip().lower() in NONE and str not in args):
         if type(None) in args:
@@ -241,6 +248,14 @@ def _convert(annotation: Any, value: Any) -> Any:
     if isinstance(value, bool) and bool not in args and str not in args:
         raise ValueError  # true is not 1
     return _adapter(annotation).validate_python(value)
+
+
+@functools.cache
+def _words(annotation: Any) -> frozenset[Any]:
+    """The literal words among the alternatives of a type."""
+    if typing.get_origin(annotation) is Literal:
+        return frozenset(typing.get_args(annotation))
+    return frozenset[Any]().union(*(_words(a) for a in typing.get_args(annotation)))
 
 
 @functools.cache
@@ -307,7 +322,7 @@ def _part(kind: str, value: Any, path: str, source: str) -> Part:
         value = _made(kind, value)
     if isinstance(value, Part):
         cls = type(value)
-        cls.kind, cls.name = cls.kind or kind, cls.name or cls.__name__  # a user's class that was not registered
+        cls.kind, cls.name = cls.kind or kind, vars(cls).get("name") or cls.__name__  # a user's class that was not registered
         return value
     raise CallError(f"takes a {kind} part, got {type(value).__name__}: {value!r}")
 

@@ -13,7 +13,7 @@ from polopt.errors import CallError
 
 if TYPE_CHECKING:
     from polopt.api import Run
-    from polopt.overrides import Layer, Resolved
+    from polopt.overrides import Resolved
 
 
 def train(args: argparse.Namespace, settings: dict[str, str]) -> int:
@@ -38,18 +38,15 @@ def train(args: argparse.Namespace, settings: dict[str, str]) -> int:
 
 def resolve_call(args: argparse.Namespace, settings: dict[str, str]) -> Resolved:
     """The run that a command line asks for: its settings over those of --config."""
+    if not args.config and not (args.method and args.task):
+        raise CallError(_missing(args.method))
     from polopt.config import Config, load_config
-    from polopt.overrides import resolve
+    from polopt.overrides import Layer, resolve
 
-    config = load_config(args.config) if args.config else Config()
+    config = load_config(args.config).only() if args.config else Config()
     method, task = args.method or config.method, args.task or config.task
-    if args.method and args.task is None and config.task is None and ":" in args.method:
-        raise CallError(f"'{args.method}' is a task; the call is: polopt train METHOD TASK")
     if method is None or task is None:
-        raise CallError(
-            "polopt train needs METHOD and TASK, e.g. polopt train ppo gym:CartPole-v1 (or --config FILE that names them)"
-        )
-    values = config.values
+        raise CallError(f"{args.config} names no {'method' if method is None else 'task'}; {_missing(args.method)}")
     if args.method and config.method and args.method != config.method:
         raise CallError(
             f"--config {args.config} is for method '{config.method}', the command line says '{args.method}'; leave one away"
@@ -58,8 +55,14 @@ def resolve_call(args: argparse.Namespace, settings: dict[str, str]) -> Resolved
         if near := _flag_like(path):
             raise CallError(f"unknown option --{path}, did you mean '{near}'?")
     sources = dict.fromkeys(settings, "command line")
-    layers: list[Layer] = [(values, config.sources), (settings, sources)]
+    layers = [Layer(config.values, config.sources, listing=True), Layer(settings, sources)]
     return resolve(method, task, layers, name=config.name)
+
+
+def _missing(method: str | None) -> str:
+    if method and ":" in method and ".py:" not in method:
+        return f"'{method}' is a task; the call is: polopt train METHOD TASK"
+    return "polopt train needs METHOD and TASK, e.g. polopt train ppo gym:CartPole-v1 (or --config FILE that names them)"
 
 
 def _flag_like(path: str) -> str | None:
