@@ -1,6 +1,7 @@
 """Built-in rewards: worked examples of each, and that mathematics is judged in a process of its own."""
 
 import threading
+import time
 
 import pytest
 
@@ -80,6 +81,23 @@ def test_math_works_off_the_main_thread() -> None:
 def test_math_without_a_readable_reference_is_an_error() -> None:
     with pytest.raises(PoloptError, match="no reward applies to completion 1"):
         run("math", ["1", "1"], answer=["1", ""])
+
+
+def test_the_limit_is_processor_time_and_later_ones_are_shorter(monkeypatch: pytest.MonkeyPatch) -> None:
+    def judge(gold: object, text: str) -> float:
+        if text == "sleep":
+            time.sleep(2.2)  # waiting for a busy machine costs nothing
+            return 1.0
+        while True:
+            pass
+
+    monkeypatch.setattr(verifiers, "_equal", judge)
+    assert verifiers.math(["sleep"], column="answer", answer=["1"]) == [1.0]
+    limits = []
+    real = verifiers._processor_time
+    monkeypatch.setattr(verifiers, "_processor_time", lambda seconds: (limits.append(seconds), real(seconds / 100))[1])
+    assert verifiers.math(["spin"] * 10, column="answer", answer=["1"] * 10) == [0.0] * 10
+    assert limits == [2.0] * 8 + [0.1] * 2
 
 
 def test_an_expensive_expression_scores_0_instead_of_hanging() -> None:

@@ -5,10 +5,13 @@ This file imports nothing but the standard library and, when first used, math-ve
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import logging
 import re
+import signal
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 #: Columns that may hold the right answer, in this order, where the option `answer_column` does not name one.
@@ -50,19 +53,39 @@ def math(completions: Sequence[Completion], *, column: str, **columns: Any) -> l
     """1 where the completion's final answer is mathematically equal to the reference (by math-verify), else 0.
 
     References may be plain numbers, LaTeX with or without delimiters, or texts that end in `#### answer`. None where a
-    reference is missing or cannot be read. Needs the main thread of its process (math-verify limits its time by signals).
+    reference is missing or cannot be read. A completion that takes too long to judge is wrong; the limit is in processor
+    time, so that a busy machine changes no verdict. Needs the main thread of its process (it works by a signal).
     """
-    return [None if a is None else _equal(str(a), text_of(c)) for c, a in zip(completions, columns[column], strict=True)]
+    _quiet()
+    out: list[float | None] = []
+    late = 0
+    for answer, completion in zip(columns[column], completions, strict=True):
+        gold = () if answer is None else _reference(str(answer))
+        try:
+            # a batch full of expressions that take forever must still be judged in reasonable time
+            with _processor_time(2.0 if late < 8 else 0.1):
+                out.append(_equal(gold, text_of(completion)) if gold else None)
+        except _TooLong:
+            late += 1
+            out.append(0.0)
+    return out
+
+
+@functools.cache
+def _quiet() -> None:
+    """Import what is slow to import, outside any limit, and silence warnings that there is no limit."""
+    from math_verify import parse, verify
+
+    for name in ("math_verify.parser", "math_verify.grader"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    verify(parse("$1$", parsing_timeout=None), parse(r"\boxed{1}", parsing_timeout=None), timeout_seconds=None)
 
 
 @functools.lru_cache(maxsize=4096)
-def _equal(reference: str, text: str) -> float | None:
+def _equal(gold: tuple[Any, ...], text: str) -> float:
     from math_verify import parse, verify
 
-    gold = _reference(reference)
-    if not gold:
-        return None
-    return float(verify(list(gold), parse(text, parsing_timeout=2), timeout_seconds=2))
+    return float(verify(list(gold), parse(text, parsing_timeout=None), timeout_seconds=None))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -73,4 +96,24 @@ def _reference(reference: str) -> tuple[Any, ...]:
     if not answer:
         return ()
     marked = any(mark in answer for mark in ("$", "\\boxed", "\\(", "\\["))
-    return tuple(parse(answer if marked else f"${answer}$", parsing_timeout=2) or parse(answer, parsing_timeout=2))
+    return tuple(parse(answer if marked else f"${answer}$", parsing_timeout=None) or parse(answer, parsing_timeout=None))
+
+
+class _TooLong(BaseException):
+    """Not an Exception: the libraries that it passes through catch those."""
+
+
+@contextlib.contextmanager
+def _processor_time(seconds: float) -> Iterator[None]:
+    """Raise `_TooLong` inside after so many seconds of this process's processor time."""
+
+    def stop(number: int, frame: object) -> None:
+        raise _TooLong
+
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
