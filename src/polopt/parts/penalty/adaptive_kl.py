@@ -20,8 +20,8 @@ from polopt.parts.shapes import keep, log_ratio
 class AdaptiveKL(Part):
     """beta KL(pi_old || pi), with beta halved or doubled towards a target (PPO, arXiv 1707.06347, sec. 4).
 
-    The divergence is estimated at the decisions that pi_old took: (r - 1) - log r >= 0, with r = pi/pi_old, which is unbiased. After
-    the steps of an update, d being its mean: beta / 2 if d < target / 1.5, 2 beta if d > 1.5 target. Use it with the plain
+    The divergence is estimated at the decisions that pi_old took: (r - 1) - log r >= 0, with r = pi/pi_old, which is unbiased.
+    After the steps of an update, d being its mean: beta / 2 if d < target / 1.5, 2 beta if d > 1.5 target. Use it with the plain
     `ratio` surrogate.
     """
 

@@ -104,7 +104,7 @@ class DescendStepper:
                 group["lr"] = rate
             self.optimizer.found_inf = skipped  # type: ignore[attr-defined]
             self.optimizer.step()
-        return {"grad_norm": norm.detach(), "skipped": skipped, "lr": torch.tensor(rate)}
+        return {"grad_norm": norm.detach(), "skipped": skipped, "lr": torch.full_like(norm, rate)}
 
     @torch.no_grad()
     def _advance(self, rate: float, good: Tensor) -> None:

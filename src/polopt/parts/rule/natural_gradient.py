@@ -120,7 +120,7 @@ class NaturalGradientStepper:
 
     def _report(self, g: Tensor, expected: float, gain: float, kl: float, share: float) -> dict[str, Tensor]:
         found = {"expected_improvement": expected, "improvement": gain, "kl": kl, "accepted_step": share}
-        return {"grad_norm": g.norm(), **{k: torch.tensor(v) for k, v in found.items()}}
+        return {"grad_norm": g.norm(), **{k: torch.tensor(v, device=g.device) for k, v in found.items()}}
 
     def state(self) -> State:
         """Nothing lasts between steps."""

@@ -1,0 +1,79 @@
+"""What every registered part must offer: a name, an equation, declared settings, and a loss that traces as one graph."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import fields, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from polopt.batch import Batch, Totals
+from polopt.objective import Now
+from polopt.part import KINDS, Part, Range, call, hints, make_part, part_names
+
+torch.set_num_threads(1)
+EVERY = [(kind, name) for kind in KINDS for name in part_names(kind)]
+TRACED = [(kind, name) for kind, name in EVERY if kind in ("select", "weight", "surrogate", "penalty", "critic", "aggregate")]
+
+
+@pytest.mark.parametrize(("kind", "name"), EVERY)
+def test_parts_describe_themselves(kind: str, name: str) -> None:
+    part = make_part(kind, name)
+    assert part.kind == kind
+    assert part.equation or kind in ("source", "decoder")
+    assert not (type(part).__doc__ or "").startswith((f"{type(part).__name__}(", "Base of all"))  # the generated docstring
+    assert hash(part) == hash(make_part(kind, name))
+    assert part.describe().startswith(part.name)
+    for f in fields(part):
+        meta = getattr(hints(type(part))[f.name], "__metadata__", ())
+        assert any(isinstance(m, str) for m in meta), f"{name}.{f.name} has no help text"
+        value = getattr(part, f.name)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            assert any(isinstance(m, Range) for m in meta), f"{name}.{f.name} has no range"
+
+
+def example(seed: int) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    names = ("logp@now", "logp@old", "logp@ref", "logp@behaviour", "value@now", "value@old", "entropy@now", "return@old")
+    return {"advantage": torch.randn(4, 3, generator=g), **{n: torch.randn(4, 3, generator=g) for n in names}}
+
+
+def loss_of(part: Part, mask: Tensor, data: dict[str, Tensor]) -> Tensor:
+    stats = {k: v for k, v in data.items() if k != "advantage"}
+    batch = Batch(mask=mask, stats=stats, row={"truncated": torch.tensor([0.0, 1.0, 0.0, 0.0])}, horizon=3)
+    now = Now({k.removesuffix("@now"): v for k, v in stats.items() if k.endswith("@now")})
+    given: dict[str, Any] = {"batch": batch, "now": now, "advantage": data["advantage"], "memory": part.initial(), "valid": mask}
+    out: Tensor = call(part, **given, loss=torch.where(mask, data["logp@now"], 0.0), totals=Totals.of(mask))
+    return out
+
+
+@pytest.mark.parametrize(("kind", "name"), TRACED)
+def test_parts_on_the_loss_path_trace_as_one_graph(kind: str, name: str) -> None:
+    """Recorded on one batch, the tensor program gives the same on another: no value was looked at."""
+    part = make_part(kind, name)
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0], [0, 0, 0]]).bool()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = make_fx(lambda m, d: loss_of(part, m, d), tracing_mode="fake")(mask, example(0))
+    for seed in range(3):
+        other = mask if seed else ~mask
+        assert torch.equal(traced(other, example(seed)), loss_of(part, other, example(seed)))
+
+
+def test_weights_are_positive_and_without_gradient() -> None:
+    data = {k: v.requires_grad_() for k, v in example(0).items()}
+    for name in part_names("weight"):
+        weight = loss_of(make_part("weight", name), torch.ones(4, 3, dtype=torch.bool), data)
+        assert bool((weight >= 0).all())
+        assert not weight.requires_grad
+
+
+def test_but_changes_one_setting_and_refuses_others() -> None:
+    clip = make_part("surrogate", "clip")
+    assert clip.but(high=0.3) == replace(clip, high=0.3)  # type: ignore[call-arg]
+    with pytest.raises(ValueError, match="did you mean 'high'"):
+        clip.but(hihg=0.3)
