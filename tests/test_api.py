@@ -12,11 +12,12 @@ import torch
 
 import polopt
 from polopt import api
-from polopt.config import dump_config, load_config
+from polopt.config import dump_config, load_config, save_config
 from polopt.overrides import Layer, resolve
 from polopt.part import Can
 from polopt.parts.surrogate.clip import Clip
 from polopt.registry import all_methods
+from polopt.run import RunFolder
 
 TASK = "gym:CartPole-v1"
 SMALL = {"collect__envs": 2, "collect__steps": 16, "minibatch": 16, "epochs": 1, "evaluate__episodes": 2}
@@ -163,6 +164,20 @@ def test_python_functions_as_rewards_of_data_tasks(tmp_path):
     r = resolve("grpo", f"data:{tmp_path}/q.jsonl", user)
     assert r.task.channels == ("rewarded", "exact")
     assert f"reward: ['{__file__}:rewarded', exact]" in dump_config(r).replace("\n", " ")
+
+
+def test_rewards_of_the_users_file_are_copied_into_the_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "q.jsonl").write_text(QUESTIONS)
+    (tmp_path / "mine.py").write_text("def brief(completions, **columns):\n    return [1.0] * len(completions)\n")
+    r = resolve("grpo", "data:q.jsonl", {"options.reward": "exact,mine.py:brief", "options.weights": "1,0.5"})
+    folder = RunFolder.create("run")
+    save_config(r, folder)
+    (tmp_path / "mine.py").unlink()
+    again = api.read_run(folder)
+    assert again.task.channels == ("exact", "brief")
+    assert [x.weight for x in again.task.rewards.rewards] == [1.0, 0.5]
+    assert (folder.path / "files/mine.py").is_file()
 
 
 # -------------------------------------------------------------------- configuration files

@@ -167,8 +167,9 @@ def _value(value: Any, place: Callable[[str], str]) -> str:
         return _yaml([_reference(v, place) if callable(v) else v for v in value])
     if callable(value):
         return _yaml(_reference(value, place))
-    if isinstance(value, str) and ".py:" in value:
-        return _yaml(place(absolute(value)))
+    if isinstance(value, str) and ".py:" in value:  # one reference, or several things separated by commas
+        found = [place(absolute(v.strip())) if ".py:" in v else v.strip() for v in value.split(",")]
+        return _yaml(found if len(found) > 1 else found[0])
     if isinstance(value, str) and value and ("/" in value or value.endswith((".jsonl", ".parquet"))) and Path(value).exists():
         return _yaml(str(Path(value).resolve()))
     return _yaml(value)

@@ -32,9 +32,9 @@ def make(name: str, options: Mapping[str, Any] | None = None) -> Task:
     if prefix in points and prefix not in FAMILIES:
         return _built(points[prefix].load(), name, {**({"name": rest} if colon else {}), **options})
     if prefix not in FAMILIES or not rest:
-        forms = [*(f"{p}:" for p in FAMILIES), *points]
+        close = nearest(f"{prefix}:", [*(f"{p}:" for p in FAMILIES), *points])
+        hint = close if close.startswith(", did") else ""  # the list below says more than a bare list of prefixes
         known = "; ".join(f"{p}:… is {FAMILIES[p][2]}" for p in FAMILIES)
-        hint = nearest(f"{prefix}:", forms) if any(nearest(f"{prefix}:", forms).startswith(s) for s in (", did",)) else ""
         raise CallError(f"unknown task '{name}'{hint}; {known}; or file.py:NAME of your own")
     module, cls, _ = FAMILIES[prefix]
     return cast("Task", getattr(import_module(module), cls)(name, options))
