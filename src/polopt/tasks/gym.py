@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from polopt.errors import CallError, nearest
@@ -50,7 +51,8 @@ class GymTask:
 
         self.check()
         try:
-            return gym.make(self.id, disable_env_checker=True, **self.options)
+            with _quiet(str(gym.spec(self.id).entry_point)):
+                return gym.make(self.id, disable_env_checker=True, **self.options)
         except Exception as error:
             raise self._cannot(error) from error
 
@@ -90,6 +92,22 @@ class GymTask:
     def preset(self, method: Any) -> Mapping[str, Any]:
         """Settings that suit this environment and a method with these properties, as dotted paths."""
         return preset(self.id, method)
+
+
+@contextlib.contextmanager
+def _quiet(entry_point: str) -> Iterator[None]:
+    """Keep MuJoCo from printing, and writing into the working directory, what is deprecated in Gymnasium's own models."""
+    if not entry_point.startswith("gymnasium.envs.mujoco"):
+        yield
+        return
+    import mujoco
+
+    before = mujoco.get_mju_user_warning()
+    mujoco.set_mju_user_warning(lambda text: None)
+    try:
+        yield
+    finally:
+        mujoco.set_mju_user_warning(before)
 
 
 def _line(error: BaseException) -> str:
