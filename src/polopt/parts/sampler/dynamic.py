@@ -49,7 +49,7 @@ class DynamicSampling(Part):
         missing = plan.want
         for _ in range(self.max_rounds):
             batch = yield [Request(item=i, count=self.group_size) for i in plan.draw(missing)]
-            found, rows = self._keep(batch, missing)
+            found, rows = self._keep(batch)
             if found:
                 kept.append(batch.rows(rows))
             missing -= found
@@ -61,12 +61,11 @@ class DynamicSampling(Part):
         assert whole.group is not None
         return {"policy": whole.with_key("group", whole.group)}  # renumber: the dropped groups leave no gaps
 
-    def _keep(self, batch: Batch, most: int) -> tuple[int, Tensor]:
-        """How many groups are kept (at most `most`, the first ones), and the indices of their rows."""
+    def _keep(self, batch: Batch) -> tuple[int, Tensor]:
+        """How many groups are kept, and the indices of their rows."""
         differs = self._differs(batch)
         assert batch.group is not None
-        ids = torch.unique(batch.group[differs])[:most]
-        return int(ids.numel()), torch.isin(batch.group, ids).nonzero().squeeze(1)
+        return int(torch.unique(batch.group[differs]).numel()), differs.nonzero().squeeze(1)
 
     def _differs(self, batch: Batch) -> Bool[Tensor, " B"]:
         outcome = batch.outcome()
