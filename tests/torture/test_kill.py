@@ -20,7 +20,7 @@ import pytest
 from polopt.run import RunFolder
 from polopt.tree import load_tree
 
-COMMON = ["--checkpoint.every", "1", "--evaluate.episodes", "2", "--threads", "1", "--quiet"]
+COMMON = ["--checkpoint.every", "1", "--evaluate.episodes", "2", "--threads", "1", "--quiet", "--no-report"]
 RUNS = {
     "control": [
         "ppo", "gym:CartPole-v1", "--budget", "150-updates", "--collect.envs", "2", "--collect.steps", "32",
@@ -61,7 +61,7 @@ def torture(domain: str, kills: int, tmp_path: Path, seed: int) -> None:
             time.sleep(0.002)
         time.sleep(rng.uniform(0, 0.02 * length))
         if (broken / "config.yaml").exists():
-            words = command("resume", str(broken), "--quiet")
+            words = command("resume", str(broken), "--quiet", "--no-report")
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()

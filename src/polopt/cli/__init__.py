@@ -52,6 +52,7 @@ def build_parser() -> Parser:
     sub.add_argument("run", metavar="RUN", help="a run's folder")
     sub.add_argument("--budget", help="a new total budget, e.g. 400k-decisions")
     sub.add_argument("--quiet", action="store_true", help="no progress display")
+    sub.add_argument("--no-report", action="store_true", help="write no report page at the end")
     sub = subs["eval"]
     sub.add_argument("run", metavar="RUN", help="a run's folder")
     sub.add_argument("--episodes", type=int, help="episodes or prompts (default: as in the run)")
@@ -88,6 +89,7 @@ def train_arguments(sub: argparse.ArgumentParser) -> None:
         "--dry-run", action="store_true", help="show the resolved configuration, parameters, memory and updates; train nothing"
     )
     sub.add_argument("--quiet", action="store_true", help="no progress display")
+    sub.add_argument("--no-report", action="store_true", help="write no report page at the end")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

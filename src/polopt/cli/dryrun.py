@@ -7,9 +7,9 @@ import math
 from torch import nn
 
 from polopt.config import dump_config
-from polopt.loops.build import make_policy
+from polopt.loops.build import iteration_size, make_policy
+from polopt.loops.plan import planned_updates
 from polopt.overrides import Resolved
-from polopt.part import Can
 from polopt.run import Budget
 
 FLOAT = 4  # bytes; parameters, gradients and optimiser state are kept in float32
@@ -23,7 +23,7 @@ def dry_run(resolved: Resolved) -> str:
     total = sum(p.numel() for p in seen.values())
     trained = sum(p.numel() for p in seen.values() if p.requires_grad)
     each = ", ".join(f"{name} {sum(p.numel() for p in net.parameters()):,}" for name, net in nets.items())
-    low, high = decisions_per_update(resolved)
+    low, high = iteration_size(resolved.task, resolved.method, resolved.settings)
     memory = memory_estimate(resolved, list(nets.values()), total, trained, high)
     lines = [
         f"# parameters: {total:,} ({each}), of which {trained:,} are trained",
@@ -35,28 +35,14 @@ def dry_run(resolved: Resolved) -> str:
     return dump_config(resolved) + "\n".join(lines)
 
 
-def decisions_per_update(resolved: Resolved) -> tuple[int, int | None]:
-    """Fewest and most decisions of one iteration (None: not known before it runs)."""
-    collect = resolved.settings.collect
-    group = int(getattr(resolved.method.sampler, "group_size", 1))
-    if resolved.task.domain == "text":
-        rows = collect.prompts * group
-        return rows, rows * collect.max_new_tokens
-    if Can.EPISODES in resolved.method.requires():
-        return collect.episodes * group, None
-    return (collect.envs * collect.steps,) * 2
-
-
 def updates_text(resolved: Resolved, low: int, high: int | None) -> str:
     """How many updates the budget allows."""
-    budget = Budget.parse(resolved.settings.budget)
     steps = _steps_per_update(resolved, high or low)
-    if budget.unit == "updates":
-        return f"{math.ceil(budget.amount):,}{steps}"
-    if budget.unit == "decisions":
-        most, least = math.ceil(budget.amount / low), math.ceil(budget.amount / high) if high else 1
-        return (f"{most:,}" if most == least else f"{least:,} to {most:,}, by the length of what is collected") + steps
-    return f"as many as fit into {budget}{steps}"
+    planned = planned_updates(resolved.method, resolved.task, resolved.settings)
+    if planned is None:
+        return f"as many as fit into {Budget.parse(resolved.settings.budget)}{steps}"
+    least, most = planned
+    return (f"{most:,}" if most == least else f"{least:,} to {most:,}, by the length of what is collected") + steps
 
 
 def _steps_per_update(resolved: Resolved, decisions: int) -> str:

@@ -33,7 +33,7 @@ def train(args: argparse.Namespace, settings: dict[str, str]) -> int:
     from polopt import api
 
     out = Path(args.out) if args.out else api.default_out(resolved)
-    return _finish(_marked(out, lambda: api.launch(resolved, out=out, quiet=args.quiet)))
+    return _finish(_marked(out, lambda: api.launch(resolved, out=out, quiet=args.quiet)), report=not args.no_report)
 
 
 def resolve_call(args: argparse.Namespace, settings: dict[str, str]) -> Resolved:
@@ -75,7 +75,8 @@ def resume(args: argparse.Namespace) -> int:
     """`polopt resume RUN [--budget MORE]`."""
     from polopt import api
 
-    return _finish(_marked(Path(args.run), lambda: api.resume(args.run, budget=args.budget, quiet=args.quiet)))
+    found = _marked(Path(args.run), lambda: api.resume(args.run, budget=args.budget, quiet=args.quiet))
+    return _finish(found, report=not args.no_report)
 
 
 def evaluate(args: argparse.Namespace) -> int:
@@ -99,12 +100,16 @@ def _marked(folder: Path, run: Any) -> Run:
     return found
 
 
-def _finish(run: Run) -> int:
-    """Say how it ended and where it lies; the exit status."""
+def _finish(run: Run, *, report: bool) -> int:
+    """Say how it ended and where it lies, after writing its report; the exit status."""
     score = run.summary.get("eval_score")
     shown = "" if score is None else f", held-out score {score:.4g}"
     if run.summary["status"] == "interrupted":
         print(f"polopt: interrupted, saved in {run.folder}; continue with: polopt resume {run.folder}", file=sys.stderr)
         return 128 + (run.signal or 2)
     print(f"{run.summary['status']}: {run.summary['updates']} updates, {run.summary['decisions']} decisions{shown}: {run.folder}")
+    if report and run.folder is not None:
+        from polopt.evidence.report import make_report
+
+        print(f"report: {make_report(run.folder)}")
     return 0

@@ -236,6 +236,12 @@ def _forced(requests: Sequence[Request], spread: Tensor) -> Tensor | None:
     return table[spread]
 
 
+def iteration_size(method: Method, settings: Settings) -> tuple[int, int | None]:
+    """Fewest and most decisions of one iteration: completions end when they end."""
+    rows = settings.collect.prompts * int(getattr(method.sampler, "group_size", 1))
+    return rows, rows * settings.collect.max_new_tokens
+
+
 def build(task: TextTask, policy: LMPolicy, settings: Settings, method: Method, seed: int) -> TextCollector:
     """The collector of a text task."""
     return TextCollector(task, policy, settings, method, seed)

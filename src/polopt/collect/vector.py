@@ -295,6 +295,13 @@ def _rows(x: Array) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(x.swapaxes(0, 1)))
 
 
+def iteration_size(method: Any, settings: Settings) -> tuple[int, int | None]:
+    """Fewest and most decisions of one iteration; whole episodes may take any number (None)."""
+    if method.requires() & {Can.EPISODES, Can.GROUPS}:
+        return settings.collect.episodes * int(getattr(method.sampler, "group_size", 1)), None
+    return (settings.collect.envs * settings.collect.steps,) * 2
+
+
 def build(task: Any, policy: MLPPolicy, settings: Settings, method: Any, seed: int) -> VectorCollector:
     """The collector for a control task: whole episodes where a part of `method` requires them or groups."""
     whole = bool(method.requires() & {Can.EPISODES, Can.GROUPS})

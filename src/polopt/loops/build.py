@@ -29,6 +29,12 @@ def make_policy(task: Task, method: Method, settings: Settings) -> Policy:
     return policy
 
 
+def iteration_size(task: Task, method: Method, settings: Settings) -> tuple[int, int | None]:
+    """Fewest and most decisions of one iteration (None: not known before it runs)."""
+    size: tuple[int, int | None] = _module(task, 1).iteration_size(method, settings)
+    return size
+
+
 def make_collector(task: Task, policy: Policy, method: Method, settings: Settings) -> Collector:
     """The collector for a task; whole episodes when a part of the method requires them."""
     collector: Collector = _module(task, 1).build(task, policy, settings, method, settings.seed)

@@ -230,9 +230,14 @@ class Improve:
         if self.folder is not None:
             self._lines.append(json.dumps(finite({k: _tidy(v) for k, v in metrics.items()})))
         event = Event(
-            self.updates, metrics, self.seconds, min(1.0, self.fraction()), "eval_score" in metrics,
+            self.updates,
+            metrics,
+            self.seconds,
+            min(1.0, self.fraction()),
+            "eval_score" in metrics,
             self.folder.path if self.folder else None,
-        )  # fmt: skip
+            {"eval_score_initial": self.scores.get("initial")},
+        )
         for o in self.observers:
             o.event(event)
         update, when = self._saved_at

@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from polopt.interfaces import Task
+from polopt.loops.build import iteration_size
 from polopt.loops.compiled import can_compile
 from polopt.loops.executor import Executor
 from polopt.method import Method
-from polopt.part import Can
 from polopt.run import Budget
 from polopt.settings import Settings
 
@@ -20,24 +20,15 @@ STEPS_WORTH_COMPILING = 12_000
 STEPS_PER_GRAPH = {0: 1, 100_000: 4, 500_000: 8}
 
 
-def decisions_per_iteration(method: Method, task: Task, settings: Settings) -> int | None:
-    """Decisions that one iteration collects; an upper bound for text, None where episodes end when they end."""
-    group = int(getattr(method.sampler, "group_size", 1))
-    collect = settings.collect
-    if task.domain == "text":
-        return collect.prompts * group * collect.max_new_tokens
-    if method.requires() & {Can.EPISODES, Can.GROUPS}:
-        return None
-    return collect.envs * collect.steps
-
-
-def planned_updates(method: Method, task: Task, settings: Settings) -> int | None:
-    """Iterations that the budget allows (at least, where completions may end early), or None when that is unknown."""
+def planned_updates(method: Method, task: Task, settings: Settings) -> tuple[int, int] | None:
+    """Fewest and most iterations that the budget allows; None when only time or tokens limit it."""
     budget = Budget.parse(settings.budget)
     if budget.unit == "updates":
-        return math.ceil(budget.amount)
-    each = decisions_per_iteration(method, task, settings)
-    return math.ceil(budget.amount / each) if each and budget.unit == "decisions" else None
+        return (math.ceil(budget.amount),) * 2
+    if budget.unit != "decisions":
+        return None
+    low, high = iteration_size(task, method, settings)
+    return math.ceil(budget.amount / high) if high else 1, math.ceil(budget.amount / low)
 
 
 @dataclass(frozen=True)
@@ -54,8 +45,8 @@ def compile_plan(method: Method, task: Task, settings: Settings, executors: Iter
     able = [e for e in executors if can_compile(e)]
     if optim.compile == "never" or not able:
         return Compile()
-    updates, each = planned_updates(method, task, settings), decisions_per_iteration(method, task, settings)
-    planned = updates * sum(e.steps_per_batch(each) for e in able) if updates and each else 0
+    updates, (low, _) = planned_updates(method, task, settings), iteration_size(task, method, settings)
+    planned = updates[0] * sum(e.steps_per_batch(low) for e in able) if updates else 0
     most = optim.compile_steps or max(k for least, k in STEPS_PER_GRAPH.items() if planned >= least)
     if optim.compile == "always" or optim.compile_from is not None:
         return Compile(optim.compile_from or 0, most)
