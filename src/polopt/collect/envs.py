@@ -67,7 +67,7 @@ class InProcess:
         obs = self.obs
         i = 0
         try:
-            for i, (env, action) in enumerate(zip(self.envs, actions if actions.ndim > 1 else actions.tolist(), strict=True)):
+            for i, (env, action) in enumerate(zip(self.envs, actions, strict=True)):
                 seen, reward[i], ended, cut, _ = env.step(action)
                 if ended or cut:
                     terminated[i], truncated[i], last[i] = ended, cut, np.array(seen)

@@ -95,9 +95,7 @@ class _Runner:
         over: list[int] = []
         i = 0
         try:
-            for k, (i, action) in enumerate(
-                zip(self.live.tolist(), actions if actions.ndim > 1 else actions.tolist(), strict=True)
-            ):
+            for k, (i, action) in enumerate(zip(self.live.tolist(), actions, strict=True)):
                 self.raw[i], reward[k], terminated[k], cut, _ = self.envs[i].step(action)
                 if terminated[k] or cut:
                     over.append(i)
