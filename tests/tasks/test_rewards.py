@@ -172,7 +172,6 @@ def test_a_process_lasts_from_call_to_call(file: Path) -> None:
         ("exact:3", None, "nothing after a colon"),
         ("length", None, "number of tokens"),
         ("length:0", None, "number of tokens"),
-        ("math,my.py:f", None, r"as a list: '\[math,my.py:f\]'"),
         ("regex:", None, "needs a pattern"),
         ("regex:(", None, "not a regular expression"),
         ("missing.py:f", None, "there is no file"),

@@ -83,9 +83,7 @@ def parse_rewards(reward: Any, weights: Any = None) -> tuple[Reward, ...]:
 
 def _listed(value: Any) -> list[Any]:
     """A list from a list, or from a text with commas (which a pattern may contain)."""
-    if isinstance(value, str) and "," in value and not value.strip().startswith("regex:"):
-        if ".py:" in value:
-            raise CallError(f"reward '{value}': give several rewards with files among them as a list: '[{value}]'")
+    if isinstance(value, str) and not value.strip().startswith("regex:"):
         value = value.split(",")
     return [v.strip() if isinstance(v, str) else v for v in (value if isinstance(value, list | tuple) else [value])]
 
