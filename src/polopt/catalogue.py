@@ -37,6 +37,8 @@ def explain(method: Method) -> str:
     lines += ["", "Updates:", *(line for u in method.updates for line in _wrap("  ", f"{u.name}: {_summary(method, u.name)}"))]
     if needs := sorted(method.requires()):
         lines += ["", f"Needs of policy and task: {', '.join(needs)}"]
+    if statistics := sorted(method.needs()):
+        lines += [f"Needs of each decision: {', '.join(statistics)}"]
     if method.claim:
         lines += ["", *_wrap("", f"Claim: {' '.join(method.claim.split())}")]
     return "\n".join(lines)

@@ -213,7 +213,7 @@ def make_part(kind: str, name: str, **settings: Any) -> Part:
     else:
         raise CallError(f"{name} is {type(found).__name__}, expected a Part")
     if made.kind and made.kind != kind:
-        raise CallError(f"{name} is a {made.kind}, it cannot serve as {kind}")
+        raise CallError(f"{name} is of kind {made.kind}, it cannot serve as {kind}")
     return made
 
 

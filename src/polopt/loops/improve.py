@@ -91,7 +91,7 @@ class Improve:
             info |= {f"{update.name}/{k}" if k in info else k: v for k, v in found.items()}
         main = next(iter(batches.values()))
         self.policy.remember(main)
-        self.after_updates(main)
+        self.after_updates(ready[0][0] if ready else main)
         self.updates += 1
         done = time.perf_counter()
         self.seconds += done - start
@@ -158,7 +158,8 @@ class Improve:
         return batch
 
     def _logp_can_wait(self, executor: Executor, batch: Batch) -> bool:
-        early = [*self.method.reward, executor.slots.advantage, *self.method.slots(executor.update).select]
+        late = [p for p in self.method.parts().values() if p.moments & {"scored", "minibatch", "stepped"}]
+        early = [*self.method.reward, executor.slots.advantage, *executor.slots.select, *late]
         units = batch.shape[0] if executor.by_rows else int(batch.mask.sum())
         return executor.single_step(units) and not any("logp@old" in p.needs for p in early)
 
@@ -185,7 +186,6 @@ class Improve:
         if names:
             found = self._evaluate(batch, names, "now")
             batch = batch.adding({f"{n}@stepped": v for n, v in found.items()})
-            batch = self.fill(batch, frozenset({f"{n}@old" for n in names if f"{n}@old" in batch.stats}))
         self.observe("stepped", batch)
 
     def observe(self, moment: Moment, batch: Batch) -> None:
@@ -413,7 +413,8 @@ def to_floats(info: Mapping[str, Tensor]) -> Metrics:
     """All diagnostics as floats, with one transfer from the device."""
     if not info:
         return {}
-    values = torch.stack([torch.as_tensor(v).detach().float().reshape(()) for v in info.values()]).tolist()
+    device = next((v.device for v in info.values() if v.device.type != "cpu"), torch.device("cpu"))
+    values = torch.stack([v.detach().float().reshape(()).to(device) for v in info.values()]).tolist()
     return dict(zip(info, values, strict=True))
 
 
