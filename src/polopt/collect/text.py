@@ -157,10 +157,12 @@ class TextCollector:
     def report(self) -> dict[str, float]:
         """Means over the completions since the last call; "dead_groups": share of groups whose rewards are all equal."""
         s, self._sums = self._sums, {}
+        extra = getattr(self.task, "report", dict)()  # what a task counts itself, such as failures of reward functions
         if not s:
-            return {}
+            return dict(extra)
         n = s["rows"]
         return {
+            **extra,
             "reward": s["reward"] / n,
             "accuracy": s["accuracy"] / n,
             **{k: v / n for k, v in s.items() if k.startswith("reward/")},

@@ -19,18 +19,22 @@ from polopt.policies.lm.model import TINY
 from polopt.policies.lm.prompts import pad_left
 from polopt.run import seed_of
 from polopt.tasks.text import TextTask
+from polopt.tasks.text_protocol import Item
 
 #: What the model is warm-started on, always on training items: task, its options, share of the examples.
 CURRICULUM: tuple[tuple[str, Mapping[str, Any], float], ...] = (
-    ("text:spell_backward", {}, 0.7),
-    ("text:chain_sum", {"max_terms": 3, "max_digits": 2}, 0.3),
+    ("text:spell_backward", {}, 0.75),
+    ("text:chain_sum", {"max_terms": 3, "max_digits": 2}, 0.25),
 )
+#: Demonstrations of spelling backward are flawed, as people's are: some repeat the word as it stands, most of all long ones.
+#: The model then knows how to do it and often does not do it, which is what reinforcement learning can change.
+LONG_WORD, FLAWED_SHORT, FLAWED_LONG = 8, 0.2, 0.8
 #: Fixed texts that are one token each, so that prompts are short.
 PHRASES = (
     "Spell this word backward (example: sun -> nus): ",
     "State the final answer to the following arithmetic problem: ",
 )
-WARM_STEPS = 140
+WARM_STEPS = 500
 
 
 def tokenizer() -> Any:
@@ -66,20 +70,31 @@ def untrained(vocabulary: int, seed: int = 0) -> Any:
         return Qwen2ForCausalLM(config)
 
 
-def examples(task: TextTask, policy: LMPolicy) -> Batch:
-    """The task's training items with their answers as decisions."""
+def examples(task: TextTask, policy: LMPolicy, seed: int) -> Batch:
+    """The task's training items with demonstrated answers as decisions."""
     items = list(task.items("train"))
     prompt, known = pad_left([policy.encode(i.prompt, 0) for i in items], policy.backbone.pad)
+    luck = torch.rand(len(items), generator=torch.Generator().manual_seed(seed_of(seed, task.name))).tolist()
     end = policy.tokenizer.eos_token_id
-    answers = [[*policy.tokenizer(str(i.columns["answer"]), add_special_tokens=False)["input_ids"], end] for i in items]
+    texts = [demonstration(i, u) for i, u in zip(items, luck, strict=True)]
+    answers = [[*policy.tokenizer(t, add_special_tokens=False)["input_ids"], end] for t in texts]
     reversed_ids, reversed_mask = pad_left([a[::-1] for a in answers], policy.backbone.pad)
     return Batch(mask=reversed_mask.flip(1), action=reversed_ids.flip(1), context={"prompt": prompt, "prompt_mask": known})
 
 
-def warm_start(policy: LMPolicy, steps: int, *, batch: int = 256, lr: float = 2e-3, seed: int = 0) -> None:
+def demonstration(item: Item, luck: float) -> str:
+    """The answer that is shown for an item; `luck` in [0,1) decides whether it is flawed."""
+    word = item.columns["metadata"].get("word")
+    if word is None:
+        return str(item.columns["answer"])
+    flawed = luck < (FLAWED_LONG if len(word) >= LONG_WORD else FLAWED_SHORT)
+    return str(word if flawed else item.columns["answer"])
+
+
+def warm_start(policy: LMPolicy, steps: int, *, batch: int = 128, lr: float = 2e-3, seed: int = 0) -> None:
     """Supervised training on training items of the curriculum: likelihood of the answers, one-cycle learning rate."""
     rng = torch.Generator().manual_seed(seed_of(seed, "warm"))
-    pools = [(examples(TextTask(name, options), policy), share) for name, options, share in CURRICULUM]
+    pools = [(examples(TextTask(name, options), policy, seed), share) for name, options, share in CURRICULUM]
     parameters = list(policy.backbone.module.parameters())
     optimiser = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, total_steps=steps + 1, pct_start=0.1)

@@ -116,12 +116,13 @@ class FastEngine:
         )
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        """Attention [B,T,heads*D]; key-value heads are repeated for their queries."""
+        """Attention [B,T,heads*D]; key-value heads serve several query heads."""
         b, _, t, _ = q.shape
         n = self.shape.heads // self.shape.keys
-        if n > 1:
+        native = q.device.type == "cpu"  # GPU kernels with a mask want as many keys as queries
+        if n > 1 and not native:
             k, v = k.repeat_interleave(n, 1), v.repeat_interleave(n, 1)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.shape.scale)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.shape.scale, enable_gqa=native and n > 1)
         return out.transpose(1, 2).reshape(b, t, -1)
 
     def _finish(self, layer: Any, x: Tensor, attended: Tensor) -> Tensor:
@@ -275,4 +276,4 @@ def rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def rotate(x: Float[Tensor, "... D"], cos: Tensor, sin: Tensor) -> Float[Tensor, "... D"]:
     """Rotary position embedding; `sin` carries the sign of the first half (arXiv 2104.09864)."""
-    return x * cos + torch.roll(x, x.shape[-1] // 2, -1) * sin
+    return torch.addcmul(x * cos, torch.roll(x, x.shape[-1] // 2, -1), sin)
