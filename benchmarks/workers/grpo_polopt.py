@@ -9,10 +9,10 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tiny_qwen import GROUP, NEW_TOKENS, PROMPTS, digits, model, prompts, tokenizer  # noqa: E402
+from tiny_qwen import GROUP, NEW_TOKENS, PROMPTS, digits, model, prompts, tokenizer
 
-from polopt.loops.improve import Improve  # noqa: E402
-from polopt.overrides import resolve  # noqa: E402
+from polopt.loops.improve import Improve
+from polopt.overrides import resolve
 
 how = sys.argv[1]
 steps = 12

@@ -1,5 +1,6 @@
 """Seconds per GRPO step of TRL, and peak memory."""
 
+import itertools
 import json
 import resource
 import statistics
@@ -47,7 +48,7 @@ with tempfile.TemporaryDirectory() as place:
     )  # fmt: skip
     trainer.add_callback(Clock())
     trainer.train()
-times = [b - a for a, b in zip(ends, ends[1:], strict=False)]
+times = [b - a for a, b in itertools.pairwise(ends)]
 print(
     json.dumps(
         {

@@ -1,5 +1,6 @@
 """Steady-state environment steps per second of the PPO of sbx: ENV ENVS BATCH MINIBATCH EPOCHS."""
 
+import itertools
 import json
 import statistics
 import sys
@@ -31,5 +32,5 @@ model = PPO(
 )  # fmt: skip
 model.learn(batch * 8, callback=Clock())
 starts.append(time.perf_counter())
-times = [b - a for a, b in zip(starts, starts[1:], strict=False)][2:]
+times = [b - a for a, b in itertools.pairwise(starts)][2:]
 print(json.dumps({"value": round(batch / statistics.median(times)), "unit": "env steps/s"}))

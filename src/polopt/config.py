@@ -71,7 +71,7 @@ def dump_config(resolved: Resolved, place: Callable[[str], str] | None = None) -
     lines.append(f"method: {_yaml(place(base) if '.py:' in base else base)}")
     if resolved.method.name != base.rpartition(":")[2]:
         lines.append(f"name: {_yaml(resolved.method.name)}")
-    lines.append(f"task: {_yaml(_task_name(resolved.task_name or resolved.task.name, place))}")
+    lines.append(f"task: {_yaml(_task_name(resolved, place))}")
     tree: dict[str, Any] = {}
     for path, leaf in resolved.leaves().items():
         if isinstance(leaf.type, Slot) and leaf.type.plural:
@@ -199,9 +199,10 @@ def _plain(value: Any) -> Any:
     return [_plain(v) for v in value] if isinstance(value, tuple | list) else value
 
 
-def _task_name(name: str, place: Callable[[str], str]) -> str:
-    """The task as given; a file of the user's by reference (data files stay where they are)."""
-    return place(absolute(name)) if ".py:" in name else name
+def _task_name(resolved: Resolved, place: Callable[[str], str]) -> str:
+    """The task's own name (data files with their full path: a run resumes from anywhere), or a reference to the user's file."""
+    given = resolved.task_name
+    return place(absolute(given)) if ".py:" in given else resolved.task.name
 
 
 # -------------------------------------------------------------------- references to code

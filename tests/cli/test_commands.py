@@ -168,7 +168,9 @@ def numbers(folder) -> list[dict]:
 
 def test_train_resume_eval_report_and_repeat(capsys, place):
     run = place / "run"
-    status, out, err = call(capsys, "train", "ppo", TASK, "--budget", "3-updates", "--seed", "5", "--schedule", "constant", "--out", "run", *SMALL)
+    status, out, err = call(
+        capsys, "train", "ppo", TASK, "--budget", "3-updates", "--seed", "5", "--schedule", "constant", "--out", "run", *SMALL
+    )
     assert (status, err) == (0, "")
     assert "done: 3 updates, 96 decisions" in out
     summary = json.loads((run / "summary.json").read_text())

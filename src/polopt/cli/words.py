@@ -5,7 +5,16 @@ from __future__ import annotations
 from polopt.errors import CallError
 
 #: Options of `train` that argparse reads; every other option is a setting. True: it takes a value.
-OWN = {"--out": True, "--config": True, "--dry-run": False, "--quiet": False, "--no-report": False, "--debug": False, "--help": False, "-h": False}
+OWN = {
+    "--out": True,
+    "--config": True,
+    "--dry-run": False,
+    "--quiet": False,
+    "--no-report": False,
+    "--debug": False,
+    "--help": False,
+    "-h": False,
+}
 
 
 def split_settings(words: list[str]) -> tuple[list[str], dict[str, str]]:

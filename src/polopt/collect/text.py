@@ -14,7 +14,7 @@ from polopt.errors import CallError
 from polopt.interfaces import Request, State
 from polopt.method import Method
 from polopt.part import call
-from polopt.policies.lm import LMPolicy, Sampling
+from polopt.policies.lm import Drawn, LMPolicy, Sampling
 from polopt.policies.lm.prompts import pad_left
 from polopt.run import Streams, seed_of
 from polopt.settings import Settings
@@ -86,7 +86,7 @@ class TextCollector:
             self.task.score(of_row, texts, ids, timeout=self.settings.collect.reward_timeout),
             len(of_row), self.task.channels, self.task.name,
         )  # fmt: skip
-        self._count(drawn.mask, drawn.ended, scores, spread, prompts)
+        self._count(drawn, scores, spread, prompts)
         return self._batch(requests, prompts, spread, drawn, scores, heat, max(limits), clock)
 
     def _item(self, request: Request) -> Item:
@@ -102,18 +102,19 @@ class TextCollector:
         return lambda logits, step, rows: call(self.decoder, logits=logits, step=step, rows=rows)
 
     def _batch(
-        self, requests: Sequence[Request], prompts: list[list[int]], spread: Tensor, drawn: Any, scores: Any,
+        self, requests: Sequence[Request], prompts: list[list[int]], spread: Tensor, drawn: Drawn, scores: Any,
         heat: Tensor, horizon: int, clock: Clock,
     ) -> Batch:  # fmt: skip
         device = self.policy.device
         ids, known = pad_left(prompts, self.policy.backbone.pad)
-        last = last_valid(drawn.mask)
+        own = drawn.mask & ~drawn.forced
+        last = last_valid(own)
         spread = spread.to(device)
         table = torch.as_tensor(scores, dtype=torch.float32, device=device)
         cut = ~drawn.ended
         item = torch.tensor([r.item for r in requests], device=device)[spread]
         batch = Batch(
-            mask=drawn.mask & ~drawn.forced,
+            mask=own,
             reward=last[..., None] * table[:, None],
             terminated=last,
             truncated=last & cut[:, None],
@@ -134,30 +135,32 @@ class TextCollector:
         return batch.with_key("group", spread)
 
     # ---------------------------------------------------------------- counting
-    def _count(self, mask: Tensor, ended: Tensor, scores: Any, spread: Tensor, prompts: list[list[int]]) -> None:
-        n = mask.shape[0]
+    def _count(self, drawn: Drawn, scores: Any, spread: Tensor, prompts: list[list[int]]) -> None:
+        n = len(spread)
         total = torch.as_tensor(scores).sum(1)
         groups = int(spread.max()) + 1
         sizes = torch.zeros(groups).index_add(0, spread, torch.ones(n))
         low = torch.full((groups,), float("inf"), dtype=total.dtype).scatter_reduce(0, spread, total, "amin")
         high = torch.full((groups,), float("-inf"), dtype=total.dtype).scatter_reduce(0, spread, total, "amax")
-        tokens = int(mask.sum())
+        tokens = int(drawn.mask.sum())
         add = {
             "rows": n, "groups": float((sizes > 1).sum()), "dead": float(((low == high) & (sizes > 1)).sum()),
             "reward": float(total.sum()), "accuracy": float(self.task.correct(scores).sum()), "length": tokens,
-            "cut": float((~ended).sum()),
+            "cut": float((~drawn.ended).sum()),
             **{f"reward/{name}": float(scores[:, k].sum()) for k, name in enumerate(self.task.channels)},
         }  # fmt: skip
         for name, x in add.items():
             self._sums[name] = self._sums.get(name, 0.0) + x
         self._spent["tokens"] += tokens + sum(len(p) for p in prompts)
         self._spent["completions"] += n
-        self._spent["decisions"] += tokens
+        self._spent["decisions"] += tokens - int(drawn.forced.sum())
 
     def report(self) -> dict[str, float]:
         """Means over the completions since the last call; "dead_groups": share of groups whose rewards are all equal."""
         s, self._sums = self._sums, {}
-        extra = getattr(self.task, "report", dict)()  # what a task counts itself, such as failures of reward functions
+        extra: dict[str, float] = getattr(
+            self.task, "report", dict
+        )()  # what a task counts itself, such as failures of reward functions
         if not s:
             return dict(extra)
         n = s["rows"]

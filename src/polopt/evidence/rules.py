@@ -199,8 +199,8 @@ def _say_length(r: Reading, t: Thresholds) -> str:
 
 def _say_value(r: Reading, t: Thresholds) -> str:
     if math.isfinite(r.reference):
-        return f"the critic's loss is {r.reference:,.0f} times that of the start and it explains nothing (explained variance "
-        f"{r.value:.2g})"
+        times = f"{r.reference:,.0f} times that of the start"
+        return f"the critic's loss is {times} and it explains nothing (explained variance {r.value:.2g})"
     return f"the critic had predicted worse than a constant for {t.value_updates} updates (explained variance {r.value:.2g})"
 
 

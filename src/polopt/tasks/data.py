@@ -65,8 +65,10 @@ class DataTask:
 
         Raises `CallError` for a file that does not exist or has another format, an unknown option or reward, unfitting weights.
         """
-        self.name = name
         self.source = name.removeprefix("data:")
+        if self.source and Path(self.source).expanduser().exists():
+            self.source = str(Path(self.source).expanduser().resolve())  # a run resumes from any folder
+        self.name = f"data:{self.source}"
         valid = [f.name for f in fields(DataOptions)]
         for key in options or {}:
             if key not in valid:
