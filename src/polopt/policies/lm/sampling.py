@@ -68,7 +68,7 @@ def choose(
     logits: Float[Tensor, "N V"], uniform: Float[Tensor, " N"], temperature: float | Float[Tensor, "N 1"], how: Sampling
 ) -> tuple[Int[Tensor, " N"], Float[Tensor, " N"], Float[Tensor, " N"]]:
     """Tokens, their log-probability and the entropy (nats) of the distribution they were drawn from, after truncation."""
-    if not isinstance(temperature, float) or temperature != 1.0:
+    if isinstance(temperature, Tensor) or temperature != 1:
         logits = logits / temperature
     if how.greedy:  # a point mass: log-probability and entropy are 0
         zero = logits.new_zeros(logits.shape[0])

@@ -35,9 +35,9 @@ def chunked(
 
     def some(h: Tensor, a: Tensor, t: Tensor | float) -> tuple[Tensor, ...]:
         logits = head(h).float()
-        if not isinstance(t, float):
+        if isinstance(t, Tensor):
             logits = logits / t[:, None]
-        elif t != 1.0:
+        elif t != 1:
             logits = logits / t
         return _together(logits, a, order)
 
@@ -48,7 +48,7 @@ def chunked(
     parts = []
     for i in range(0, n, rows):
         here = slice(i, i + rows)
-        t = temperature if isinstance(temperature, float) else temperature[here]
+        t = temperature[here] if isinstance(temperature, Tensor) else temperature
         if torch.is_grad_enabled():
             parts.append(checkpoint(some, hidden[here], action[here], t, use_reentrant=False))
         else:
