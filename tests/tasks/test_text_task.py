@@ -148,3 +148,19 @@ def test_scores_that_are_not_finite_or_of_wrong_shape_are_named() -> None:
         check_scores([1, 2, 3], 3, ("a",), "data:x")
     with pytest.raises(PoloptError, match="not numbers"):
         check_scores([["x"]], 1, ("a",), "data:x")
+
+
+def test_presets_follow_what_a_method_is_made_of() -> None:
+    from polopt.registry import get_method
+    from polopt.tasks.text_presets import COMPLETIONS, RATE
+
+    task = TextTask("text:spell_backward")
+    rates = {}
+    for name in ("grpo", "rloo", "dapo", "cispo", "ppo-lm", "reinforce-baseline"):
+        method = get_method(name)
+        found = task.preset(method)
+        assert found["collect.prompts"] * found.get("sampler.group_size", 1) == COMPLETIONS
+        assert ("sampler.group_size" in found) == (method.sampler.group_size > 1)  # type: ignore[attr-defined]
+        rates[name] = found["updates.policy.rule.lr"]
+    assert rates["grpo"] == rates["rloo"] == rates["dapo"] == rates["ppo-lm"] == RATE  # one step, or up to four cut ones
+    assert rates["cispo"] == RATE / 4  # four steps, and nothing cuts their gradient
