@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from polopt.errors import CallError, PoloptError
-from polopt.tasks.text import TextOptions, TextTask, _table, text_names
+from polopt.tasks.text import TextOptions, TextTask, _config_defaults, _table, text_names
 from polopt.tasks.text_protocol import check_scores
 
 
@@ -164,3 +164,15 @@ def test_presets_follow_what_a_method_is_made_of() -> None:
         rates[name] = found["updates.policy.rule.lr"]
     assert rates["grpo"] == rates["rloo"] == rates["dapo"] == rates["ppo-lm"] == RATE  # one step, or up to four cut ones
     assert rates["cispo"] == RATE / 4  # four steps, and nothing cuts their gradient
+
+
+def test_options_of_a_task_are_read_from_its_file() -> None:
+    found = TextTask("text:spell_backward").option_fields()
+    assert found["max_word_len"][0] == 10
+    assert found["eval_items"] == (256, "held-out items")
+    assert "size" not in found
+    config = _table()["chain_sum"]
+    import importlib
+
+    real = {f.name: f.default for f in fields(getattr(importlib.import_module(config[0]), config[1]))}
+    assert _config_defaults("chain_sum") == real

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import importlib
 import importlib.util
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast, overload
 
@@ -96,12 +97,10 @@ class TextTask:
         return text_preset(method)
 
     def option_fields(self) -> dict[str, tuple[Any, str]]:
-        """Every option by name: (default, help); imports the task."""
+        """Every option by name: (default, help)."""
         mine = {f.name: (f.default, _help(TextOptions, f.name)) for f in fields(TextOptions)}
         theirs = {
-            f.name: (None if f.default is MISSING else f.default, f"of {self.dataset_name}")
-            for f in fields(_config_class(self.dataset_name))
-            if f.name not in ("seed", "size")
+            k: (v, f"of {self.dataset_name}") for k, v in _config_defaults(self.dataset_name).items() if k not in ("seed", "size")
         }
         return {**mine, **theirs}
 
@@ -111,17 +110,19 @@ class TextTask:
         """The reasoning-gym generator; item `i` depends on seed and `i` alone."""
         return self._make_dataset()
 
-    def _make_dataset(self) -> Any:
-        module, _ = _table()[self.dataset_name]
-        config = _config_class(self.dataset_name)
-        valid = {f.name: f for f in fields(config)}
+    def _check_names(self) -> None:
+        """Refuse options that the task does not have, or of another type, without importing the task."""
+        valid = _config_defaults(self.dataset_name)
         for key, value in self.config.items():
             if key == "size":
                 raise CallError("option 'size' is set by train_items and eval_items")
             if key not in valid:
-                names = [f.name for f in fields(TextOptions)] + [k for k in valid if k != "size"]
-                raise unknown(f"option of {self.name}", key, names)
-            _check_type(self.name, key, value, valid[key].default)
+                raise unknown(f"option of {self.name}", key, {f.name for f in fields(TextOptions)} | (set(valid) - {"size"}))
+            _check_type(self.name, key, value, valid[key])
+
+    def _make_dataset(self) -> Any:
+        self._check_names()
+        module, _ = _table()[self.dataset_name]
         try:
             factory = importlib.import_module("reasoning_gym.factory")
             importlib.import_module(module)
@@ -227,9 +228,20 @@ class _TrainItems(Sequence[Item]):
         return (self._task.train_item(i) for i in range(len(self)))
 
 
-def _config_class(name: str) -> type:
+@functools.cache
+def _config_defaults(name: str) -> dict[str, Any]:
+    """Fields of a task's config class and their defaults (None where they are not literals), read from its file."""
     module, config = _table()[name]
-    return cast(type, getattr(importlib.import_module(module), config))
+    spec = importlib.util.find_spec("reasoning_gym")
+    assert spec is not None  # _table found it
+    root = Path(next(iter(spec.submodule_search_locations or ())))
+    tree = ast.parse(root.joinpath(*module.split(".")[1:]).with_suffix(".py").read_text(encoding="utf-8"))
+    found: dict[str, Any] = {}
+    for node in (n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == config):
+        for line in node.body:
+            if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
+                found[line.target.id] = line.value.value if isinstance(line.value, ast.Constant) else None
+    return found
 
 
 def _question(item: Item) -> str:
@@ -245,7 +257,7 @@ def _help(cls: type, name: str) -> str:
 def _check_type(task: str, key: str, value: Any, default: Any) -> None:
     """Raise `CallError` when `value` is not of the kind of the default."""
     kinds: tuple[type, ...] = (int,) if type(default) is int else (int, float) if type(default) is float else (type(default),)
-    if default is MISSING or default is None or not isinstance(default, bool | int | float | str):
+    if not isinstance(default, bool | int | float | str):
         return
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         raise CallError(f"option {key} = {value!r} of {task} must be {kinds[-1].__name__} (default {default!r})")
