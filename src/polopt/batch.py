@@ -24,7 +24,7 @@ OWN, FORCED, EXPERT, REVISED, REPLAYED = range(5)
 class Clock:
     """Where training stands: `update` iterations are done, `fraction` of the budget is spent (0 to 1)."""
 
-    update: int = 0
+    update: int | Tensor = 0
     fraction: float | Tensor = 0.0
 
 

@@ -90,7 +90,7 @@ class CompiledSteps:
         columns = {c: v for c in COLUMNS if (v := getattr(batch, c)) is not None and not (isinstance(v, Mapping) and not v)}
         rule: Any = e.update.rule
         rate = torch.tensor(rule.rate(float(clock.fraction)))
-        fraction = torch.tensor(float(clock.fraction))
+        fraction, update = torch.tensor(float(clock.fraction)), torch.tensor(clock.update)
         fixed, memory, state = self.fixed(), e.memory.state(), e.stepper.tensors()
         total: Diagnostics = {}
         ratios: list[Tensor] = []
@@ -107,7 +107,7 @@ class CompiledSteps:
             while len(pending) >= k:
                 index = torch.stack(pending[:k])
                 del pending[:k]
-                inputs = (self.span, state, fixed, memory, columns, advantage, index, rate, fraction)
+                inputs = (self.span, state, fixed, memory, columns, advantage, index, rate, fraction, update)
                 sums, log_ratio = self.graph(inputs, batch)(*inputs)
                 for name, value in sums.items():
                     total[name] = total[name] + value if name in total else value.clone()
@@ -130,7 +130,7 @@ class CompiledSteps:
     # ---------------------------------------------------------------- tracing
     def graph(self, inputs: tuple[Any, ...], batch: Batch) -> Callable[..., Any]:
         """The compiled program for inputs of these shapes."""
-        key = _shapes(inputs)
+        key = (_shapes(inputs), batch.horizon, tuple(batch.units.items()), self.executor.old_is_now)
         if key not in self.graphs:
             self.graphs[key] = self.build(inputs, batch)
         return self.graphs[key]
@@ -144,11 +144,11 @@ class CompiledSteps:
 
         def losses(
             flat: Tensor, fixed: dict[str, Tensor], slots: dict[str, dict[str, Tensor]], columns: dict[str, Any],
-            advantage: Tensor | None, index: Tensor, fraction: Tensor,
+            advantage: Tensor | None, index: Tensor, fraction: Tensor, update: Tensor,
         ) -> tuple[Tensor, tuple[Diagnostics, Tensor | None]]:  # fmt: skip
             parameters = {n: flat[o : o + size].view(shape) for n, (o, size, shape) in self.places.items()}
             cut = {c: tree_map(lambda x: x[index], v) for c, v in columns.items()}
-            rows = Batch(**cut, horizon=horizon, units=units, clock=Clock(0, fraction))
+            rows = Batch(**cut, horizon=horizon, units=units, clock=Clock(update, fraction))
             memory = Memory()
             memory.load(slots)
             now = torch.func.functional_call(self.policy, {**parameters, **fixed}, (rows, e.want))
@@ -163,14 +163,15 @@ class CompiledSteps:
 
         def steps(
             span: Tensor, state: dict[str, Tensor], fixed: dict[str, Tensor], slots: dict[str, dict[str, Tensor]],
-            columns: dict[str, Any], advantage: Tensor | None, index: Tensor, rate: Tensor, fraction: Tensor,
+            columns: dict[str, Any], advantage: Tensor | None, index: Tensor, rate: Tensor,
+            fraction: Tensor, update: Tensor,
         ) -> tuple[Diagnostics, Tensor | None]:  # fmt: skip
             sums: Diagnostics = {}
             ratios = []
             flat, moving = span, dict(state)
             for i in range(index.shape[0]):
                 gradient = torch.func.grad(losses, has_aux=True)
-                g, (info, log_ratio) = gradient(flat, fixed, slots, columns, advantage, index[i], fraction)
+                g, (info, log_ratio) = gradient(flat, fixed, slots, columns, advantage, index[i], fraction, update)
                 flat, moving, report = e.update.rule.pure(flat, g, moving, rate)  # type: ignore[attr-defined]
                 for name, value in {**info, **report}.items():
                     sums[name] = sums[name] + value if name in sums else value

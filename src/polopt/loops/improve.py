@@ -82,16 +82,19 @@ class Improve:
         due = [u for u in self.method.updates if self.updates % u.every == 0 and u.on in batches]
         # every update's statistics and advantages are taken before the first one moves a parameter
         ready = [self.prepare(u, batches[u.on], first=i == 0) for i, u in enumerate(due)]
-        for batch in {**batches, **{u.on: r[0] for u, r in zip(due, ready, strict=True)}}.values():
-            self.observe("scored", objective.shaped(self.method, batch, self.memory))
+        full = {**batches, **{u.on: r[0] for u, r in zip(due, ready, strict=True)}}
+        if any("scored" in p.moments for p in self.method.parts().values()):
+            before = frozenset().union(*(p.needs for p in self.method.reward))
+            for batch in full.values():
+                self.observe("scored", objective.shaped(self.method, self.fill(batch, before), self.memory))
         compiled = self.compile.steps if self.compile.start is not None and self.updates >= self.compile.start else 0
         for update, (batch, advantage, known) in zip(due, ready, strict=True):
             found = known | self.executors[update.name].run(batch, advantage, clock, compiled=compiled)
             self.charge_pass(batch, update.epochs)
             info |= {f"{update.name}/{k}" if k in info else k: v for k, v in found.items()}
-        main = next(iter(batches.values()))
-        self.policy.remember(main)
-        self.after_updates(ready[0][0] if ready else main)
+        if ready:
+            self.after_updates(ready[0][0])  # before observation statistics move
+        self.policy.remember(next(iter(batches.values())))
         self.updates += 1
         done = time.perf_counter()
         self.seconds += done - start
@@ -99,8 +102,8 @@ class Improve:
             "update": self.updates,
             **self.ledger.spent,
             "seconds": self.seconds,
-            **self.collector.report(),
             **to_floats(info),
+            **self.collector.report(),  # its own numbers win: it sees what a sampler drops later
             "seconds_collect": collected - start,
             "seconds_update": done - collected,
         }
@@ -130,7 +133,7 @@ class Improve:
         advantage = objective.advantages(self.method, update, batch, self.memory) if "surrogate" in update.terms else None
         if "critic" in update.terms and executor.slots.critic is not None:
             batch = batch.adding({"return@old": objective.returns(self.method, update, batch, self.memory)})
-            info["explained_variance"] = explained_variance(batch)
+            info |= explained_variance(batch)
         if advantage is not None:
             info |= signal(batch, advantage)
         for view in ("behaviour", "old"):
@@ -297,7 +300,7 @@ class Improve:
         except (KeyError, RuntimeError, ValueError) as error:
             raise PoloptError(f"the checkpoint does not fit this policy: {error}") from error
         self.memory.load(state["memory"])
-        self.store = {k: Batch.from_tree(t) for k, t in state["store"].items()}
+        self.store = {k: Batch.from_tree(t).to(self.policy.device) for k, t in state["store"].items()}
         self.streams.load(state["streams"])
         self.collector.load(state["collector"])
         self.updates, self.seconds = state["clock"]["updates"], state["clock"]["seconds"]
@@ -315,10 +318,10 @@ class Improve:
         self.flush()
         tree = self.state()
         tree["metrics_bytes"] = self.folder.metrics_path.stat().st_size if self.folder.metrics_path.exists() else 0
-        self.folder.save_checkpoint(self.updates, tree, self.settings.checkpoint.keep)
-        if self._is_best:
+        if self._is_best:  # named first: a name without a checkpoint is passed over, a best checkpoint without name is lost
             self.folder.mark_best(self.updates, self.scores["best"])
             self._is_best = False
+        self.folder.save_checkpoint(self.updates, tree, self.settings.checkpoint.keep)
         self._saved_at = (self.updates, time.monotonic())
 
     def resume(self) -> None:
@@ -389,12 +392,14 @@ class Improve:
 
 
 # -------------------------------------------------------------------- helpers
-def explained_variance(batch: Batch) -> Tensor:
-    """1 - Var(return - value) / Var(return) over valid decisions; 0 when returns do not vary."""
+def explained_variance(batch: Batch) -> dict[str, Tensor]:
+    """1 - Var(return - value) / Var(return) over valid decisions, where old values are known; 0 when returns do not vary."""
+    if "value@old" not in batch.stats:
+        return {}
     target, value = batch.stats["return@old"], batch.stats["value@old"]
     total = batch.pool(target, by="batch", how="var").flatten()[0]
     rest = batch.pool(target - value, by="batch", how="var").flatten()[0]
-    return torch.where(total > 0, 1 - rest / total.clamp(min=1e-12), torch.zeros_like(total))
+    return {"explained_variance": torch.where(total > 0, 1 - rest / total.clamp(min=1e-12), torch.zeros_like(total))}
 
 
 def signal(batch: Batch, advantage: Tensor) -> dict[str, Tensor]:
