@@ -141,6 +141,7 @@ class RunFolder:
     def write_text(self, name: str, text: str) -> None:
         """Write a file of the folder atomically."""
         target = self.path / name
+        target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".{target.name}.tmp")
         with temporary.open("w", encoding="utf-8") as f:
             f.write(text)
@@ -155,8 +156,11 @@ class RunFolder:
     # ---------------------------------------------------------------- metrics
     def append_metrics(self, lines: list[str]) -> None:
         """Append lines to metrics.jsonl."""
-        with self.metrics_path.open("a", encoding="utf-8") as f:
-            f.write("".join(line + "\n" for line in lines))
+        try:
+            with self.metrics_path.open("a", encoding="utf-8") as f:
+                f.write("".join(line + "\n" for line in lines))
+        except OSError as error:
+            raise self._cannot_write(self.metrics_path, error) from error
 
     def cut_metrics(self, size: int) -> None:
         """Forget metrics written after a checkpoint, so that a resumed run writes them once."""
@@ -164,19 +168,25 @@ class RunFolder:
             os.truncate(self.metrics_path, min(size, self.metrics_path.stat().st_size))
 
     # ---------------------------------------------------------------- checkpoints
-    def save_checkpoint(self, update: int, tree: State, keep: int) -> Path:
+    def _cannot_write(self, path: Path, error: OSError) -> PoloptError:
+        last = self.newest()
+        intact = f"the last checkpoint {last} is intact" if last else "there is no earlier checkpoint"
+        return PoloptError(f"cannot write {path}: {error.strerror or error}; {intact}")
+
+    def save_checkpoint(self, update: int, tree: State, keep: int, best: float | None = None) -> Path:
         """Write the checkpoint of `update` atomically, then remove all but the newest `keep` and the best one.
 
-        Raises `PoloptError` when it cannot be written (disk full); earlier checkpoints are then untouched.
+        best: its score, if it is the best so far. It is named before it is written: a name without a checkpoint is passed
+        over, but a best checkpoint that a kill left without its name would be lost. Raises `PoloptError` when it cannot be written (disk full); earlier checkpoints are then untouched.
         """
         target = self.checkpoints / f"update-{update:09d}"
-        if not target.exists():
-            try:
+        try:
+            if best is not None:
+                self.write_json("checkpoints/best.json", {"checkpoint": target.name, "score": best})
+            if not target.exists():
                 save_tree(target, tree, {"format": CHECKPOINT_FORMAT, "update": update})
-            except OSError as error:
-                last = self.newest()
-                intact = f"the last checkpoint {last} is intact" if last else "there is no earlier checkpoint"
-                raise PoloptError(f"cannot save checkpoint {target}: {error.strerror or error}; {intact}") from error
+        except OSError as error:
+            raise self._cannot_write(target, error) from error
         for old in self.all_checkpoints()[:-keep]:
             if old.name != self.best_name():
                 _remove(old)
@@ -199,10 +209,6 @@ class RunFolder:
             return str(json.loads((self.checkpoints / "best.json").read_text())["checkpoint"])
         except (OSError, ValueError, KeyError):
             return None
-
-    def mark_best(self, update: int, score: float) -> None:
-        """Name the checkpoint of `update` the best one."""
-        self.write_json("checkpoints/best.json", {"checkpoint": f"update-{update:09d}", "score": score})
 
     def load_path(self, which: str = "last") -> Path:
         """Folder of the "last" or "best" checkpoint."""

@@ -318,10 +318,9 @@ class Improve:
         self.flush()
         tree = self.state()
         tree["metrics_bytes"] = self.folder.metrics_path.stat().st_size if self.folder.metrics_path.exists() else 0
-        if self._is_best:  # named first: a name without a checkpoint is passed over, a best checkpoint without name is lost
-            self.folder.mark_best(self.updates, self.scores["best"])
-            self._is_best = False
-        self.folder.save_checkpoint(self.updates, tree, self.settings.checkpoint.keep)
+        best = self.scores["best"] if self._is_best else None
+        self.folder.save_checkpoint(self.updates, tree, self.settings.checkpoint.keep, best)
+        self._is_best = False
         self._saved_at = (self.updates, time.monotonic())
 
     def resume(self) -> None:
