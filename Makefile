@@ -4,6 +4,8 @@ VENV        ?= .venv
 # Where to find torch: https://download.pytorch.org/whl/cpu is the small build for machines without a GPU.
 TORCH_INDEX ?=
 JOBS        ?= 2
+PEERS       ?= .venv-peers
+BENCH       ?=
 PYTEST_ARGS ?=
 
 DEMO_TASK   ?= text:spell_backward
@@ -62,8 +64,15 @@ docs: $(STAMP)
 tables: $(STAMP)
 	@$(BIN)/python tests/docs/tables.py
 
-bench: $(STAMP)
-	@$(BIN)/python benchmarks
+# The peers live in an environment of their own; BENCH names the benchmarks to run (default: all).
+bench: $(STAMP) $(PEERS)/.installed
+	@PEER_PYTHON=$(PEERS)/bin/python $(BIN)/python benchmarks $(BENCH)
+
+$(PEERS)/.installed: benchmarks/requirements.txt
+	@$(PYTHON) -m venv $(PEERS)
+	@$(PEERS)/bin/python -m pip --disable-pip-version-check --quiet install -r benchmarks/requirements.txt \
+	  $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+	@touch $@
 
 torture: $(STAMP)
 	@$(BIN)/python -m pytest -m torture tests/torture $(PYTEST_ARGS)
