@@ -11,8 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from polopt.batch import Batch, Totals, last_valid, next_valid
+from polopt.batch import Batch, Totals, last_valid, next_valid, own_flags, place_reward
 from polopt.errors import CallError, MissingStatistic
+from polopt.registry import get_method
 
 torch.set_num_threads(1)
 
@@ -68,6 +69,53 @@ def test_value_serves_as_old_value_and_is_shifted_for_the_next_state() -> None:
     assert given_next.stat("value@old").sum() == 28
 
 
+@pytest.mark.parametrize(
+    ("arguments", "known"),
+    [
+        ({}, True),
+        ({"terminated": [[0, 1, 0, 1]]}, True),
+        ({"terminated": [True], "truncated": [True]}, True),  # cut by a limit, but judged: the outcome ends the return
+        ({"terminated": [[0, 1, 0, 0]]}, False),  # the row goes on
+        ({"truncated": [[0, 0, 0, 1]]}, False),
+        ({"terminated": [[0, 0, 0, 1]], "truncated": [[0, 1, 0, 0]]}, False),  # a cut inside the row
+        ({"terminated": [[0, 0, 1, 0]], "mask": [[1, 1, 0, 0]]}, True),  # the end stands behind tool text
+        ({"terminated": [[0, 0, 0, 0]], "mask": [[0, 0, 0, 0]]}, True),  # nothing was decided
+    ],
+)
+def test_the_next_value_is_guessed_only_where_nothing_is_bootstrapped(arguments: dict[str, object], known: bool) -> None:
+    value = torch.tensor([[1.0, 2.0, 3.0, 9.0]])
+    given = {k: torch.tensor(v) for k, v in arguments.items()}
+    batch = Batch.of(value=value, reward=torch.zeros(1, 4), **given)
+    assert ("value_next@old" in batch.stats) == known
+    for name in ("ppo", "a2c"):
+        if not known:
+            with pytest.raises(MissingStatistic, match="value_next="):
+                get_method(name).advantages(batch)
+        batch_without = Batch.of(reward=torch.zeros(1, 4), **given)
+        with pytest.raises(MissingStatistic, match=r"pass value= "):
+            get_method(name).advantages(batch_without)
+    assert "value_next@old" in Batch.of(value=value, value_next=value, **given).stats
+
+
+def test_ends_may_be_given_per_row() -> None:
+    batch = Batch.of(mask=torch.tensor([[1, 1, 0], [1, 1, 1]]), terminated=[True, False], truncated=torch.tensor([0, 1]))
+    assert batch.terminated is not None
+    assert batch.truncated is not None
+    assert batch.terminated.tolist() == [[False, True, False], [False] * 3]
+    assert batch.truncated.tolist() == [[False] * 3, [False, False, True]]
+
+
+def test_everything_moves_to_the_device_of_the_statistics() -> None:
+    there = torch.device("meta")
+    batch = Batch.of(
+        logp=torch.zeros(2, 3, device=there), mask=torch.ones(2, 3), reward=torch.zeros(2), terminated=torch.zeros(2, 3),
+        truncated=torch.zeros(2), row={"length": torch.zeros(2)},
+    )  # fmt: skip
+    for x in (batch.mask, batch.reward, batch.terminated, batch.truncated, batch.row["length"]):
+        assert x is not None
+        assert x.device == there
+
+
 def test_ends_default_only_when_none_is_given() -> None:
     mask = torch.tensor([[1, 1, 0]])
     flags = torch.tensor([[0, 1, 0]])
@@ -82,6 +130,7 @@ def test_ends_default_only_when_none_is_given() -> None:
 def test_horizon_is_the_limit_not_the_width() -> None:
     assert Batch.of(mask=torch.ones(2, 3)).horizon == 3
     assert Batch.of(mask=torch.ones(2, 3), horizon=10).horizon == 10
+    assert Batch.of(mask=torch.ones(2, 3)).pad(7).horizon == 3
 
 
 def test_group_ids_are_renumbered() -> None:
@@ -100,6 +149,13 @@ def test_group_ids_are_renumbered() -> None:
         ({"logp": torch.zeros(2, 3), "reward": torch.zeros(3)}, ["reward", "(3,)", "(2,)"]),
         ({"logp": torch.zeros(2, 3), "group": [0, 1, 2]}, ["group", "(3,)", "(2,)"]),
         ({"reward": torch.zeros(3)}, ["mask"]),
+        ({"mask": torch.ones(3)}, ["mask", "(3,)", "[B,T]"]),
+        ({"mask": torch.ones(3), "reward": torch.zeros(3)}, ["mask", "(3,)", "[B,T]"]),
+        ({"mask": torch.ones(2, 3), "terminated": torch.ones(3)}, ["terminated", "(3,)", "(2, 3)", "(2,)"]),
+        ({"mask": torch.ones(2, 3), "truncated": torch.ones(2, 1)}, ["truncated", "(2, 1)", "(2, 3)"]),
+        ({"mask": torch.ones(2, 3), "row": {"length": torch.ones(3)}}, ["row['length']", "(3,)", "(2, ...)"]),
+        ({"mask": torch.ones(2, 3), "row": {"heat": 1.0}}, ["row['heat']", "()"]),
+        ({"mask": torch.ones(2, 3), "group": torch.tensor([1.0, math.nan])}, ["group", "nan", "finite"]),
     ],
 )
 def test_shapes_that_do_not_fit_are_refused(arguments: dict[str, object], words: list[str]) -> None:
@@ -195,6 +251,21 @@ def test_pool_takes_its_own_members() -> None:
     assert batch.pool(x, "row", valid=torch.tensor([[True, True, False]])).tolist() == [[1.5, 1.5, 1.5]]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_counts_and_sums_beyond_its_digits(dtype: torch.dtype) -> None:
+    n = 3000  # half precision cannot tell 2049 from 2048, bfloat16 not 257 from 256
+    batch = Batch.of(mask=torch.ones(n, 1), group=torch.zeros(n).long())
+    x = torch.ones(n, dtype=dtype)
+    for how, wanted in (("count", n), ("sum", n), ("mean", 1.0), ("std", 0.0), ("max", 1.0)):
+        for by in ("group", "batch"):
+            found = batch.pool(x, by, how)  # type: ignore[arg-type]
+            assert found.dtype == torch.float32
+            assert float(found[0]) == wanted
+    reward = place_reward(torch.ones(1, n, dtype=dtype), torch.ones(1, n, dtype=torch.bool))
+    assert float(reward.sum()) == n
+    assert float(Batch.of(reward=torch.ones(1, n, dtype=dtype)).outcome()) == n
+
+
 def test_pool_refuses_what_has_no_meaning() -> None:
     batch = random_batch(0)
     x = batch.stats["x@old"]
@@ -234,6 +305,22 @@ def test_cat_of_nothing_is_refused() -> None:
         Batch.cat([])
 
 
+def test_cat_refuses_groups_in_only_some_batches() -> None:
+    with_groups, without = Batch.of(mask=torch.ones(2, 3), group=[0, 1]), Batch.of(mask=torch.ones(2, 3))
+    for batches in ([with_groups, without], [without, with_groups]):
+        with pytest.raises(CallError, match="group="):
+            Batch.cat(batches)
+    assert Batch.cat([without, without]).group is None
+
+
+def test_cat_keeps_the_keys_that_all_have() -> None:
+    ids = torch.tensor([0, 1])
+    one, two = (Batch.of(mask=torch.ones(2, 3), keys=k) for k in ({"item": ids, "role": ids}, {"item": ids}))
+    for batches in ([one, two], [two, one]):
+        whole = Batch.cat(batches)
+        assert set(whole.keys) == set(whole.units) == {"item"}
+
+
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 1000), cut=st.integers(1, 4))
 def test_rows_and_cat_are_inverse(seed: int, cut: int) -> None:
@@ -271,6 +358,19 @@ def test_last_and_next_valid(seed: int) -> None:
         for t in range(6):
             later = [k for k in valid if k > t]
             assert float(after[i, t]) == (float(x[i, later[0]]) if later else 0.0)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 1000))
+def test_flags_belong_to_the_last_valid_decision_before(seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    mask, flags = (torch.rand(4, 6, generator=g) < p for p in (0.5, 0.3))
+    found = own_flags(flags, mask)
+    for i in range(4):
+        wanted = set()
+        for t in flags[i].nonzero().flatten().tolist():
+            wanted |= set([k for k in range(t + 1) if mask[i, k]][-1:])
+        assert set(found[i].nonzero().flatten().tolist()) == wanted
 
 
 def test_totals_count_valid_decisions_and_rows() -> None:

@@ -40,16 +40,18 @@ class Final:
 class Totals:
     """Denominators of a whole update batch, so that micro-batch losses add up exactly to its loss.
 
-    decisions: valid decisions (mask and select); rows: rows with at least one valid decision.
+    decisions: valid decisions (mask and select); rows: rows with at least one valid decision; horizon: that of the whole batch
+    (0: unknown, each batch's own counts).
     """
 
     decisions: Float[Tensor, ""]
     rows: Float[Tensor, ""]
+    horizon: int = 0
 
     @classmethod
-    def of(cls, valid: Bool[Tensor, "B T"]) -> Totals:
+    def of(cls, valid: Bool[Tensor, "B T"], horizon: int = 0) -> Totals:
         """Count valid decisions and non-empty rows."""
-        return cls(valid.sum().float(), valid.any(1).sum().float())
+        return cls(valid.sum().float(), valid.any(1).sum().float(), horizon)
 
 
 def tree_map(fn: Callable[[Tensor], Tensor], tree: Tree) -> Tree:
@@ -73,7 +75,8 @@ class Batch:
     stats: `name@view`, each [B,T,...], e.g. "logp@behaviour" (the sampler's own number), "logp@old", "value@old".
     keys: further integer unit keys [B] by name; row: further columns [B] by name.
     obs, action, context, final: trees that only the policy reads; context entries are [B,L,...], padded on the left.
-    horizon: the most decisions that a row could have had (the generation limit), independent of padding.
+    horizon: the most decisions that a row could have had (the generation limit). Collectors set it and `pad` keeps it, so that it
+    does not depend on padding; `of` takes T where it is not given.
     """
 
     mask: Bool[Tensor, "B T"]
@@ -120,10 +123,12 @@ class Batch:
         """Build a batch from plain [B,T] tensors, for notebooks and other trainers.
 
         `logp`, `value` and `entropy` are those of the current policy (with gradient); a `reward` of shape [B] lands
-        on each row's last valid decision. `value` also serves as the value at the start of the update unless
-        `stats["value@old"]` is given; `value_next` is V of the next state (default: `value` shifted by one, 0 after the
-        end). With neither `terminated` nor `truncated`, each row's last valid decision is terminal. `horizon` is the
-        generation limit (default T). Raises `CallError` on shapes that do not fit.
+        on each row's last valid decision, and so do `terminated` and `truncated` of that shape. With neither of these, each
+        row's last valid decision is terminal. `value` also serves as the value at the start of the update unless
+        `stats["value@old"]` is given. `value_next` is V of the next state; where every row ends by termination it defaults to
+        `value` shifted by one, else it must be given to what needs it. `horizon` is the generation limit; the default T makes
+        what uses it depend on padding. Everything is moved to the device of the statistics. Raises `CallError` on shapes that
+        do not fit.
         """
         named = {
             "logp@now": logp, "logp@old": logp_old, "logp@behaviour": logp_behaviour, "logp@ref": logp_ref,
@@ -131,26 +136,26 @@ class Batch:
         }  # fmt: skip
         table = {k: torch.as_tensor(v) for k, v in named.items() if v is not None}
         shape = _common_shape(table, mask, reward)
-        device = next((v.device for v in table.values()), torch.device("cpu"))
-        mask = torch.ones(shape, dtype=torch.bool, device=device) if mask is None else torch.as_tensor(mask).bool()
+        given = (*table.values(), mask, reward)
+        device = next((x.device for x in given if isinstance(x, Tensor)), torch.device("cpu"))
+        mask = torch.ones(shape, dtype=torch.bool, device=device) if mask is None else torch.as_tensor(mask).to(device).bool()
         if tuple(mask.shape) != shape:
             raise CallError(f"mask has shape {tuple(mask.shape)}, expected {shape} (rows x decisions) like the statistics")
+        none = torch.zeros_like(mask)
+        ends = last_valid(mask) if truncated is None else none
+        terminated = ends if terminated is None else _flags("terminated", terminated, mask)
+        truncated = none if truncated is None else _flags("truncated", truncated, mask)
         if value is not None:
             table.setdefault("value@old", table["value@now"].detach())
-            if "value_next@old" not in table:
+            if "value_next@old" not in table and _all_end(mask, terminated, truncated):
                 table["value_next@old"] = next_valid(table["value@old"], mask)
-        terminated = None if terminated is None else torch.as_tensor(terminated).bool()
-        truncated = None if truncated is None else torch.as_tensor(truncated).bool()
-        if terminated is None:
-            ends = last_valid(mask)
-            terminated = ends if truncated is None else torch.zeros_like(mask)
         batch = cls(
             mask=mask,
-            reward=None if reward is None else place_reward(torch.as_tensor(reward), mask),
+            reward=None if reward is None else place_reward(torch.as_tensor(reward).to(device), mask),
             terminated=terminated,
-            truncated=torch.zeros_like(mask) if truncated is None else truncated,
+            truncated=truncated,
             stats=table,
-            row={k: torch.as_tensor(v) for k, v in (row or {}).items()},
+            row={k: _column(k, v, mask) for k, v in (row or {}).items()},
             horizon=shape[1] if horizon is None else horizon,
         )
         for name, ids in {**({"group": group} if group is not None else {}), **(keys or {})}.items():
@@ -161,6 +166,8 @@ class Batch:
         """Return a copy with the integer unit key `name` [B], renumbered to 0..n-1."""
         if tuple(ids.shape) != (self.mask.shape[0],):
             raise CallError(f"key '{name}' has shape {tuple(ids.shape)}, expected ({self.mask.shape[0]},): one id per row")
+        if ids.is_floating_point() and not bool(ids.isfinite().all()):
+            raise CallError(f"key '{name}' holds {ids.tolist()}: ids must be finite, expected one integer per row")
         unique, index = torch.unique(ids, return_inverse=True)
         units = {**self.units, name: int(unique.numel())}
         if name == "group":
@@ -216,6 +223,8 @@ class Batch:
     ) -> Tensor:
         """Statistic of each unit, spread back on its members; same shape as `x`, [B,T] (decisions) or [B] (rows).
 
+        Half precision cannot count beyond a few hundred members: such an `x` is pooled, and returned, in float32.
+
         `by` is "row", "segment", "batch", "group" or a name in `keys`; units may be of unequal size. Members are valid
         decisions (`valid`, default the mask), or for x of shape [B] the rows with a valid decision. A mean or extreme
         without members, and a variance with at most `ddof` members, is 0. `leave_one_out` (mean and sum only) leaves
@@ -224,6 +233,7 @@ class Batch:
         if leave_one_out and how not in ("mean", "sum"):
             raise CallError(f"pool: leave_one_out works with how='mean' or 'sum', not '{how}'")
         valid = self.mask if valid is None else valid
+        x = _not_half(x)
         rows_only = x.dim() == 1
         if rows_only and by in ("row", "segment"):
             raise CallError(f"pool: x of shape [B] cannot be pooled by '{by}'; pass x of shape [B,T]")
@@ -301,7 +311,8 @@ class Batch:
     def cat(cls, batches: Sequence[Batch]) -> Batch:
         """Join batches row-wise, padding decisions on the right and context on the left.
 
-        Groups stay distinct; other keys (a prompt's id, say) mean the same in every batch and keep their numbers.
+        Groups stay distinct; other keys (a prompt's id, say) mean the same in every batch and keep their numbers. Raises
+        `CallError` when only some of the batches have groups.
         """
         if len(batches) == 1:
             return batches[0]
@@ -320,9 +331,13 @@ class Batch:
             return {k: torch.cat([t[k] for t in tables]) for k in tables[0] if all(k in t for t in tables)}
 
         groups = [b.group for b in padded if b.group is not None]
-        starts = [sum(b.units["group"] for b in padded[:i]) for i in range(len(padded))] if len(groups) == len(padded) else []
-        group = torch.cat([g + s for g, s in zip(groups, starts, strict=True)]) if starts else None
-        sizes = {k: sum(b.units[k] for b in padded) if k == "group" else max(b.units[k] for b in padded) for k in first.units}
+        if groups and len(groups) < len(padded):
+            without = [i for i, b in enumerate(padded) if b.group is None]
+            raise CallError(f"cannot join batches with groups and without: batches {without} have no group=, the others have")
+        starts = [sum(b.units["group"] for b in padded[:i]) for i in range(len(groups))]
+        group = torch.cat([g + s for g, s in zip(groups, starts, strict=True)]) if groups else None
+        common = [k for k in first.units if all(k in b.units for b in padded)]
+        sizes = {k: sum(b.units[k] for b in padded) if k == "group" else max(b.units[k] for b in padded) for k in common}
         return replace(
             first,
             mask=join(lambda b: b.mask), reward=join(lambda b: b.reward),
@@ -383,9 +398,20 @@ def next_valid(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tens
     return torch.cat([x, x.new_zeros(x.shape[0], 1)], 1).gather(1, nxt)
 
 
+def own_flags(flags: Bool[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
+    """Flags of valid decisions: one that stands at a place between them (tool text) is of the valid decision before it."""
+    t = torch.arange(mask.shape[1], device=mask.device)
+    owner = torch.where(mask, t + 1, 0).cummax(1).values  # 0: nothing was decided yet
+    found = torch.zeros(mask.shape[0], mask.shape[1] + 1, device=mask.device).scatter_add(1, owner, flags.float())
+    return mask & (found[:, 1:] > 0)
+
+
 def place_reward(reward: Tensor, mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T K"]:
-    """Bring a reward of shape [B], [B,T] or [B,T,K] to [B,T,K]; a [B] reward lands on the row's last valid decision."""
-    reward = reward.to(torch.get_default_dtype()) if not reward.is_floating_point() else reward
+    """Bring a reward of shape [B], [B,T] or [B,T,K] to [B,T,K]; a [B] reward lands on the row's last valid decision.
+
+    Rewards in half precision become float32: sums of them would be rounded.
+    """
+    reward = _not_half(reward) if reward.is_floating_point() else reward.to(torch.get_default_dtype())
     b, t = mask.shape
     if tuple(reward.shape) == (b,):
         return torch.where(last_valid(mask), reward[:, None], torch.zeros_like(reward[:, None]))[..., None]
@@ -401,9 +427,13 @@ def missing_message(name: str) -> str:
     stat, _, view = name.partition("@")
     argument = {
         "logp@now": "logp=", "logp@old": "logp_old=", "logp@behaviour": "logp_behaviour=", "logp@ref": "logp_ref=",
-        "value@now": "value=", "value@old": "value= or stats={'value@old': ...}", "value_next@old": "value_next=",
-        "entropy@now": "entropy=",
+        "value@now": "value=", "value@old": "value= or stats={'value@old': ...}", "entropy@now": "entropy=",
     }.get(name, f"stats={{'{name}': ...}}")  # fmt: skip
+    if name == "value_next@old":
+        return (
+            "the batch lacks 'value_next@old' (V of the state after each decision): pass value_next= to Batch.of; value= shifted "
+            "by one stands in for it only where every row ends by termination"
+        )
     meaning = {
         "now": "of the current policy, with gradient", "old": "at the start of the update",
         "ref": "of the reference policy", "behaviour": "as recorded by the sampler",
@@ -422,12 +452,45 @@ def _common_shape(table: Mapping[str, Tensor], mask: Tensor | None, reward: Tens
         b, t = next(iter(shapes.values()))
         return int(b), int(t)
     if mask is not None:
-        b, t = torch.as_tensor(mask).shape
-        return int(b), int(t)
+        found = tuple(torch.as_tensor(mask).shape)
+        if len(found) != 2:
+            raise CallError(f"mask has shape {found}, expected [B,T] (rows x decisions)")
+        return found[0], found[1]
     if reward is not None and torch.as_tensor(reward).dim() >= 2:
         b, t = torch.as_tensor(reward).shape[:2]
         return int(b), int(t)
     raise CallError("Batch.of needs a statistic, a mask or a per-decision reward of shape [B,T]")
+
+
+def _flags(name: str, x: Tensor, mask: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
+    """Ends of shape [B,T], or [B] (of each row's last valid decision), as [B,T] on the mask's device."""
+    x, shape = torch.as_tensor(x).to(mask.device).bool(), tuple(mask.shape)
+    if tuple(x.shape) == shape:
+        return x
+    if tuple(x.shape) == shape[:1]:
+        return last_valid(mask) & x[:, None]
+    raise CallError(
+        f"{name} has shape {tuple(x.shape)}, expected {shape} (rows x decisions), or ({shape[0]},) for the ends of rows"
+    )
+
+
+def _column(name: str, x: Tensor, mask: Bool[Tensor, "B T"]) -> Tensor:
+    """A row column [B,...] on the mask's device."""
+    x = torch.as_tensor(x).to(mask.device)
+    if x.dim() < 1 or x.shape[0] != mask.shape[0]:
+        raise CallError(f"row['{name}'] has shape {tuple(x.shape)}, expected ({mask.shape[0]}, ...): one entry per row")
+    return x
+
+
+def _all_end(mask: Bool[Tensor, "B T"], terminated: Bool[Tensor, "B T"], truncated: Bool[Tensor, "B T"]) -> bool:
+    """Whether no return goes on beyond a cut or the end of its row, so that no value of an unseen state is needed."""
+    ended = own_flags(terminated, mask)
+    cut = last_valid(mask) | own_flags(truncated, mask)
+    return not bool((cut & ~ended).any())
+
+
+def _not_half(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def _pool_dim(x: Tensor, m: Tensor, how: str, ddof: int, loo: bool, dim: int) -> Tensor:

@@ -73,8 +73,8 @@ class SeqMeanTokenSum(Part):
 class SeqMeanTokenSumNorm(Part):
     """Mean over rows of each row's sum divided by one constant length, so that length does not bias it (Dr. GRPO).
 
-    L = (1/(M L_max)) sum_i sum_t l_{i,t} (arXiv 2503.20783, sec. 3.1 and its code). `length` None uses the generation limit
-    `batch.horizon`, which does not depend on padding.
+    L = (1/(M L_max)) sum_i sum_t l_{i,t} (arXiv 2503.20783, sec. 3.1 and its code). `length` None uses the generation limit:
+    the horizon of the whole update batch, which does not depend on padding where a collector, or the caller of `Batch.of`, set it.
     """
 
     length: Annotated[int | None, Range(ge=1), "constant divisor of every row's sum; none: the generation limit"] = None
@@ -84,7 +84,7 @@ class SeqMeanTokenSumNorm(Part):
     def __call__(self, loss: Float[Tensor, "B T"], batch: Batch, valid: Bool[Tensor, "B T"], totals: Totals) -> Float[Tensor, ""]:
         """The aggregated loss; raises `CallError` when neither `length` nor the batch's horizon is known."""
         assert_decisions(batch, loss=loss, valid=valid)
-        length = self.length or batch.horizon
+        length = self.length or totals.horizon or batch.horizon
         if length < 1:
             raise CallError(
                 f"aggregate.length = {self.length!r} and batch.horizon = {batch.horizon}: one of them must be at least 1"

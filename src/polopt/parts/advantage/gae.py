@@ -86,8 +86,8 @@ class NStep(Part):
 
     def returns(self, batch: Batch) -> Float[Tensor, "B T"]:
         """Bootstrapped n-step returns: what the critic regresses to."""
-        after = batch.stat("value_next@old").detach()
-        assert_decisions(batch, **{"value_next@old": after})
+        value, after = batch.stat("value@old"), batch.stat("value_next@old").detach()
+        assert_decisions(batch, **{"value@old": value, "value_next@old": after})
         terminated, end = ends(batch)
         end = end | last_valid(batch.mask)
         bootstrap = keep(end & ~terminated, after)

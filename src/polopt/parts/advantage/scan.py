@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from polopt.batch import Batch
+from polopt.batch import Batch, own_flags
 
 
 def discounted_sum(x: Float[Tensor, "B T"], carry: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
@@ -27,15 +27,9 @@ def ends(batch: Batch) -> tuple[Bool[Tensor, "B T"], Bool[Tensor, "B T"]]:
     An end that follows a decision of the policy after others that were not its own (tool text) is an end of that decision.
     """
     none = torch.zeros_like(batch.mask)
-    terminated = none if batch.terminated is None else _of_valid(batch.terminated, batch.mask)
-    truncated = none if batch.truncated is None else _of_valid(batch.truncated, batch.mask)
+    terminated = none if batch.terminated is None else own_flags(batch.terminated, batch.mask)
+    truncated = none if batch.truncated is None else own_flags(batch.truncated, batch.mask)
     return terminated, terminated | truncated
-
-
-def _of_valid(flags: Bool[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
-    others = (~mask).float()
-    pending = discounted_sum(flags * others, others) > 0  # an end before the next valid decision
-    return mask & (flags | torch.cat([pending[:, 1:], torch.zeros_like(pending[:, :1])], 1))
 
 
 def chain(batch: Batch, factor: float, end: Bool[Tensor, "B T"], like: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
