@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
+import torch
 from torch import Generator, Tensor
 
 from polopt import objective
@@ -80,6 +81,12 @@ class Slots:
     critic: Part | None
     aggregate: Part
     terms: tuple[str, ...]
+    update: str = ""
+    own: frozenset[str] = frozenset()  # slots that the update overrides
+
+    def path(self, slot: str) -> str:
+        """Where the part in `slot` ("advantage", "penalty.kl") keeps its memory: apart, if the update overrides the slot."""
+        return f"updates.{self.update}.{slot}" if slot.partition(".")[0] in self.own else slot
 
     def acting(self) -> Iterator[tuple[str, Part]]:
         """(slot path, part) of every part that is called in this update's loss."""
@@ -171,7 +178,8 @@ class Method:
     def slots(self, update: Update) -> Slots:
         """The parts acting in `update`: the method's own where the update does not override them."""
         chosen = {s: getattr(self, s) if getattr(update, s) is None else getattr(update, s) for s in UPDATE_SLOTS}
-        return Slots(**chosen, terms=update.terms)
+        own = frozenset(s for s in UPDATE_SLOTS if getattr(update, s) is not None)
+        return Slots(**chosen, terms=update.terms, update=update.name, own=own)
 
     def parts(self) -> dict[str, Part]:
         """Every part by slot path ("advantage", "penalty.kl", "updates.policy.rule")."""
@@ -197,6 +205,8 @@ class Method:
         updates = self.updates if update is None else (update,)
         acting = union(union(p.needs for _, p in self.slots(u).acting()) | u.rule.needs for u in updates)
         before = union(p.needs for p in self.reward) | union(self.slots(u).advantage.needs for u in updates)
+        if any(u.target_kl is not None for u in updates):
+            acting |= {"logp@old", "logp@now"}  # the divergence that stops the epochs is estimated from them
         return acting | before - {"return@old"}
 
     def requires(self) -> frozenset[Can]:
@@ -251,14 +261,14 @@ class Method:
     def totals(self, batch: Batch, memory: Memory | None = None, *, update: str | None = None) -> Totals:
         """Denominators of the update batch `batch`, to pass to `loss` of its micro-batches."""
         slots = self.slots(self.update(update))
-        return Totals.of(objective.valid_decisions(slots, batch, None, memory or self.memory()))
+        return Totals.of(objective.valid_decisions(slots, batch, None, memory or self.memory()), batch.horizon)
 
     def loss(
         self,
         batch: Batch,
         memory: Memory | None = None,
         *,
-        advantage: Tensor | None = None,
+        advantage: Tensor | Sequence[Sequence[float]] | None = None,
         totals: Totals | Batch | Mapping[str, Any] | None = None,
         rng: Generator | None = None,
         update: str | None = None,
@@ -266,18 +276,50 @@ class Method:
         """The loss of an update (default: the first) on `batch`, differentiable in its `@now` statistics, and diagnostics.
 
         advantage [B,T]: given, or computed from this batch. totals: those of the whole update batch when `batch` is a
-        micro-batch of it (`Method.totals(whole)`, or the whole batch itself); micro-batch losses then add up exactly.
+        micro-batch of it (`Method.totals(whole)`, the whole batch itself, or its numbers by name); micro-batch losses then add up
+        exactly. Raises `CallError` on rewards that are not finite and on arguments of the wrong form.
         """
         u = self.update(update)
         memory = memory or self.memory()
-        if advantage is None and "surrogate" in u.terms:
-            advantage = self.advantages(batch, memory, update=u.name)
+        objective.refuse_bad_rewards(batch)
+        given = None if advantage is None else _advantage(advantage, batch)
+        if given is None and "surrogate" in u.terms:
+            given = self.advantages(batch, memory, update=u.name)
         if isinstance(totals, Batch):
             totals = self.totals(totals, memory, update=u.name)
-        elif isinstance(totals, Mapping):
-            totals = Totals(**{k: cast(Tensor, v) for k, v in totals.items()})
+        elif totals is not None:
+            totals = _totals(totals, batch)
         now = {k.removesuffix("@now"): v for k, v in batch.stats.items() if k.endswith("@now")}
-        return objective.loss(self, u, batch, now, advantage, totals, memory, rng)
+        return objective.loss(self, u, batch, now, given, totals, memory, rng)
+
+
+def _advantage(given: Any, batch: Batch) -> Tensor:
+    """A given advantage as a tensor [B,T] (or [B,T,K])."""
+    try:
+        x = torch.as_tensor(given, device=batch.mask.device)
+    except (TypeError, ValueError) as error:
+        raise CallError(f"advantage is not a tensor, expected shape {batch.shape} (rows x decisions): {error}") from None
+    if x.dim() not in (2, 3) or tuple(x.shape[:2]) != batch.shape:
+        raise CallError(f"advantage has shape {tuple(x.shape)}, expected {batch.shape} (rows x decisions)")
+    return x if x.is_floating_point() else x.to(torch.get_default_dtype())
+
+
+def _totals(given: Any, batch: Batch) -> Totals:
+    """Given denominators, as numbers or tensors, as `Totals`."""
+    entries = vars(given) if isinstance(given, Totals) else given
+    if not isinstance(entries, Mapping):
+        raise CallError(f"totals takes Method.totals(whole), the whole batch or a mapping, got {type(given).__name__}: {given!r}")
+    known = [f.name for f in fields(Totals)]
+    for key in entries:
+        if key not in known:
+            raise unknown("entry of totals", str(key), known)
+    if lacking := [k for k in ("decisions", "rows") if k not in entries]:
+        raise CallError(f"totals lacks '{lacking[0]}', got {sorted(entries)}")
+    for key, value in entries.items():
+        if not (isinstance(value, Tensor) and value.dim() == 0) and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise CallError(f"totals['{key}'] = {value!r}: expected a number or a tensor without axes")
+    counts = {k: torch.as_tensor(entries[k], device=batch.mask.device).float() for k in ("decisions", "rows")}
+    return Totals(**counts, horizon=int(entries.get("horizon", 0)))
 
 
 def _fit(slot: str, value: Any) -> Any:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -29,10 +30,9 @@ class Now(dict[str, Tensor]):
 
 def shaped(method: Method, batch: Batch, memory: Memory) -> Batch:
     """The batch with its rewards passed through the method's reward parts, in order."""
-    from dataclasses import replace
-
     for part in method.reward:
-        batch = replace(batch, reward=call(part, batch=batch, memory=memory.of(f"reward.{part.name}")))
+        reward = call(part, batch=batch, memory=memory.of(f"reward.{part.name}"))
+        batch = replace(batch, reward=checked("reward", part, reward, batch, "BTK"))
     return batch
 
 
@@ -41,7 +41,8 @@ def advantages(method: Method, update: Update, batch: Batch, memory: Memory) -> 
     refuse_bad_rewards(batch)
     with torch.no_grad():
         slots = method.slots(update)
-        out = call(slots.advantage, batch=shaped(method, batch, memory), memory=memory.of(_slot(method, update, "advantage")))
+        out = call(slots.advantage, batch=shaped(method, batch, memory), memory=memory.of(slots.path("advantage")))
+        out = checked("advantage", slots.advantage, out, batch, "BT", "BTK")
         out = out.squeeze(-1) if out.dim() == 3 and out.shape[-1] == 1 else out
         return torch.where(batch.mask if out.dim() == 2 else batch.mask[..., None], out, torch.zeros_like(out))
 
@@ -53,8 +54,7 @@ def returns(method: Method, update: Update, batch: Batch, memory: Memory) -> Flo
     if estimate is None:
         raise CallError(f"{method.name}: the critic needs a return, but advantage '{part.name}' estimates none; use gae or n-step")
     with torch.no_grad():
-        found: Tensor = estimate(shaped(method, batch, memory))
-        return found
+        return checked("advantage", part, estimate(shaped(method, batch, memory)), batch, "BT")
 
 
 def refuse_bad_rewards(batch: Batch) -> None:
@@ -71,8 +71,33 @@ def valid_decisions(slots: Slots, batch: Batch, advantage: Tensor | None, memory
     """Decisions that count, in numerator and denominator: mask and every select part."""
     valid = batch.mask
     for part in slots.select:
-        valid = valid & call(part, batch=batch, advantage=advantage, memory=memory.of(f"select.{part.name}"))
+        kept = call(part, batch=batch, advantage=advantage, memory=memory.of(slots.path(f"select.{part.name}")))
+        valid = valid & checked("select", part, kept, batch, "BT")
     return valid
+
+
+def checked(kind: str, part: Part, out: Any, batch: Batch, *forms: str) -> Tensor:
+    """The result of a part, or `CallError` when it has none of the `forms` ("", "BT", "BTK": scalar, decisions, channels)."""
+    b, t = batch.shape
+    if isinstance(out, Tensor) and any(len(f) == out.dim() and (not f or tuple(out.shape[:2]) == (b, t)) for f in forms):
+        return out
+    shapes = " or ".join({"": "()", "BT": f"({b}, {t})", "BTK": f"({b}, {t}, K)"}[f] for f in forms)
+    got = f"shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
+    raise CallError(f"{kind} '{part.name or type(part).__name__}' returned {got}, expected {shapes} (rows x decisions)")
+
+
+def isolated(batch: Batch, now: Mapping[str, Tensor]) -> tuple[Batch, Now]:
+    """Only `now` carries gradient, and what is outside the mask, perhaps NaN, is 0: 0 times NaN would spoil every gradient."""
+    outside = ~batch.mask
+
+    def clean(x: Tensor) -> Tensor:
+        if not x.is_floating_point() or x.shape[:2] != outside.shape:
+            return x  # a wrong shape is refused, by its name, by the part that reads it
+        return x.masked_fill(outside.view(*outside.shape, *[1] * (x.dim() - 2)), 0.0)
+
+    stats = {k: clean(v if k.endswith("@now") else v.detach()) for k, v in batch.stats.items()}
+    reward = None if batch.reward is None else batch.reward.detach()
+    return replace(batch, stats=stats, reward=reward), Now({k: clean(v) for k, v in now.items()})
 
 
 def loss(
@@ -85,25 +110,31 @@ def loss(
     memory: Memory,
     rng: Generator | None = None,
 ) -> tuple[Tensor, Diagnostics]:
-    """Sum of the update's terms, each aggregated over valid decisions with the denominators `totals`."""
+    """Sum of the update's terms, each aggregated over valid decisions with the denominators `totals`.
+
+    Gradients flow to `now` alone. What stands outside the valid decisions, be it NaN, reaches neither loss nor gradient.
+    """
     slots = method.slots(update)
-    now = Now(now)
+    batch, now = isolated(batch, now)
+    advantage = None if advantage is None else advantage.detach()
     valid = valid_decisions(slots, batch, advantage, memory)
-    totals = Totals.of(valid) if totals is None else totals
+    if advantage is not None:
+        advantage = advantage.masked_fill(~valid if advantage.dim() == 2 else ~valid[..., None], 0)
+    totals = Totals.of(valid, batch.horizon) if totals is None else totals
     if slots.critic is not None and "critic" in update.terms and "return@old" not in batch.stats:
         batch = batch.adding({"return@old": returns(method, update, batch, memory)})
 
     def run(slot: str, part: Part) -> Tensor:
-        out: Tensor = call(
-            part, batch=batch, now=now, advantage=advantage, memory=memory.of(_slot(method, update, slot)), rng=rng, valid=valid
-        )
+        found = call(part, batch=batch, now=now, advantage=advantage, memory=memory.of(slots.path(slot)), rng=rng, valid=valid)
+        kind = slot.partition(".")[0]
+        out = checked(kind, part, found, batch, "BT") if kind == "weight" else checked(kind, part, found, batch, "BT", "BTK")
         return out.sum(-1) if out.dim() == 3 else out
 
     def add_up(per_decision: Tensor) -> Tensor:
         # torch.where, not a product: a masked-out inf or NaN must not reach the sum or its gradient
         clean = torch.where(valid, per_decision, torch.zeros_like(per_decision))
-        out: Tensor = call(slots.aggregate, loss=clean, batch=batch, valid=valid, totals=totals)
-        return out
+        found = call(slots.aggregate, loss=clean, batch=batch, valid=valid, totals=totals)
+        return checked("aggregate", slots.aggregate, found, batch, "")
 
     terms: dict[str, Tensor] = {}
     if "surrogate" in update.terms:
@@ -130,8 +161,9 @@ def diagnose(
 ) -> Diagnostics:
     """Diagnostics that add up over micro-batches: each is a sum over valid decisions divided by all valid decisions.
 
-    kl_old, kl_ref: the k3 estimate (r - 1) - log r of KL(now || old) at the sampled actions; clip_pos, clip_neg: share of
-    decisions with positive / negative advantage whose gradient the surrogate cuts.
+    kl_old: the estimate (r - 1) - log r, r = now/old, of KL(old || now) at the decisions that old took, unbiased; kl_ref: the same
+    with r = ref/now, of KL(now || ref), unbiased while now is old. clip_pos, clip_neg: share of decisions with positive / negative
+    advantage whose gradient the surrogate cuts.
     """
     n = totals.decisions.clamp(min=1)
 
@@ -153,8 +185,3 @@ def diagnose(
         out["clip_pos"] = mean((where & (advantage > 0)).to(now["logp"].dtype))
         out["clip_neg"] = mean((where & (advantage < 0)).to(now["logp"].dtype))
     return out
-
-
-def _slot(method: Method, update: Update, slot: str) -> str:
-    """Memory path of a slot: the update's own if it overrides the method's part."""
-    return f"updates.{update.name}.{slot}" if getattr(update, slot.partition(".")[0], None) is not None else slot

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -13,6 +13,9 @@ from torch import Tensor
 from polopt.batch import Batch
 from polopt.part import Can, Part, Range, register_part
 from polopt.parts.shapes import assert_decisions
+
+if TYPE_CHECKING:
+    from polopt.method import Method, Update
 
 
 @register_part("critic", "value")
@@ -37,6 +40,16 @@ class ValueLoss(Part):
     def requires(self) -> frozenset[Can]:
         """A value function."""
         return frozenset({Can.VALUE})
+
+    def validate(self, method: Method, update: Update) -> str | None:
+        """Refuse an advantage that estimates no return, which would leave nothing to regress to."""
+        advantage = method.slots(update).advantage
+        if hasattr(advantage, "returns"):
+            return None
+        return (
+            f"regresses to a return, but advantage '{advantage.name}' estimates none; use an advantage that does (gae, n-step, "
+            "returns-to-go) or critic=none"
+        )
 
     def __call__(self, batch: Batch, now: Mapping[str, Tensor]) -> Float[Tensor, "B T"]:
         """The loss of each decision."""
