@@ -69,6 +69,9 @@ def test_time_limits_truncate_and_keep_the_last_observation() -> None:
     collector = make("toy/Counter-v0", length=4)
     batch = ask(collector, [1, 2])
     assert batch.truncated.nonzero().tolist() == [[0, 3], [1, 3]]  # type: ignore[union-attr]
+    assert batch.row["truncated"].tolist() == [1.0, 1.0]
+    ended = ask(make("toy/Counter-v0", length=4, cut=False), [1, 2])
+    assert ended.row["truncated"].tolist() == [0.0, 0.0]
     assert batch.final.at.tolist() == [[0, 3], [1, 3]]  # type: ignore[union-attr]
     assert batch.final.obs[:, 1].tolist() == [4, 4]  # type: ignore[union-attr]
     assert collector.policy.value is not None
@@ -126,3 +129,25 @@ def test_bad_episodes_name_their_seed(bad: str, message: str) -> None:
     ask(collector, [8])  # nothing happens in a first episode
     with pytest.raises(PoloptError, match=message):
         ask(collector, [9])
+
+
+def test_a_last_observation_that_is_not_finite_is_refused_where_it_counts() -> None:
+    collector = make("toy/Counter-v0", n=1, length=2, bad="nan")  # its second episode ends with NaN
+    ask(collector, [8])
+    with pytest.raises(PoloptError, match="not finite at the end of the episode with start seed 9, in step 1"):
+        ask(collector, [9])
+    ended = make("toy/Counter-v0", n=1, length=2, bad="nan", cut=False)
+    assert ask(ended, [8, 9]).shape == (2, 2)  # nothing is bootstrapped after a termination
+
+
+def test_episodes_cut_by_a_time_limit_can_leave_the_loss() -> None:
+    from polopt.collect.vector import build as build_collector
+    from polopt.parts.select.truncated import DropTruncated
+    from polopt.registry import get_method
+
+    method = get_method("ppo").but("x", select=DropTruncated())
+    task = GymTask("gym:toy/Counter-v0", {"length": 3})
+    settings = Settings(collect=CollectSettings(envs=2, episodes=2), policy=PolicySettings(hidden=(8,)))
+    collector = build_collector(task, build(task, settings, {"value"}, 0), settings, method, 0)
+    assert collector.whole
+    assert float(method.totals(ask(collector, [1, 2])).decisions) == 0

@@ -239,6 +239,13 @@ class VectorCollector:
         terminated = torch.from_numpy(found.terminated)
         at = torch.stack([torch.arange(len(seeds)), length - 1], 1)
         cut = ~terminated[at[:, 0], at[:, 1]]
+        bad = cut & ~torch.from_numpy(np.isfinite(found.final).all(1))
+        if bool(bad.any()):
+            row = int(bad.nonzero()[0])
+            raise PoloptError(
+                f"{self.task.name} returned an observation that is not finite at the end of the episode with start seed "
+                f"{seeds[row]}, in step {int(at[row, 1])}"
+            )
         truncated = torch.zeros_like(mask)
         truncated[at[cut, 0], at[cut, 1]] = True
         self._costs["decisions"] += int(length.sum())
@@ -254,6 +261,7 @@ class VectorCollector:
             reward=torch.from_numpy(np.ascontiguousarray(reward, dtype=np.float32))[..., None],
             terminated=terminated,
             truncated=truncated,
+            row={"truncated": cut.float()},
             obs=torch.from_numpy(found.obs),
             action=torch.from_numpy(found.action),
             final=Final(at[cut], torch.from_numpy(found.final)[cut]),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from polopt.batch import Batch
 from polopt.errors import MissingStatistic
-from polopt.part import Part, register_part
+from polopt.part import Can, Part, register_part
 
 
 @register_part("select", "drop-truncated")
@@ -18,7 +18,8 @@ from polopt.part import Part, register_part
 class DropTruncated(Part):
     """Overlong filtering (DAPO, arXiv 2503.14476, sec. 3.4): rows with row["truncated"] leave numerator and denominator.
 
-    They still count in the statistics of their group: select acts on the loss, not on the advantage.
+    They still count in the statistics of their group: select acts on the loss, not on the advantage. Rows are answers of which the
+    generation limit cut the end, or episodes that a time limit cut.
     """
 
     equation: ClassVar[str] = "sum over rows i with truncated_i = 0"
@@ -27,6 +28,11 @@ class DropTruncated(Part):
     def reads(self) -> frozenset[str]:
         """The row column "truncated"."""
         return frozenset({"truncated"})
+
+    @property
+    def requires(self) -> frozenset[Can]:
+        """Whole rows: a fragment of an environment that keeps running is neither whole nor cut."""
+        return frozenset({Can.EPISODES})
 
     def __call__(self, batch: Batch) -> Bool[Tensor, "B T"]:
         """Decisions that stay."""
