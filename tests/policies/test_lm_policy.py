@@ -117,6 +117,31 @@ def test_a_batch_without_valid_decisions_gives_zeros() -> None:
     empty = Batch(mask=torch.zeros_like(batch.mask), action=batch.action, context=batch.context)
     out = p.evaluate(empty, frozenset({"logp", "value"}))
     assert all(not x.any() for x in out.values())
+    parameters = list(p._tensors().values())
+    for x in out.values():
+        found = torch.autograd.grad(x.sum(), parameters, allow_unused=True, retain_graph=True)
+        assert any(g is not None for g in found)
+        assert all(g is None or not g.any() for g in found)
+    assert not p.evaluate(empty, LOGP, OLD)["logp"].requires_grad
+    assert p.tokens(empty) == 0
+
+
+@pytest.mark.parametrize(("engine", "prompts"), [("fast", 3 + 1), ("general", 3 * (3 + 1))])
+def test_tokens_of_a_forward_pass(engine: str, prompts: int) -> None:
+    """Six rows answer two prompts of 3 and 1 tokens in turns."""
+    p = policy(engine=engine)
+    batch = batch_of(p)
+    assert p.tokens(batch) == int(batch.mask.sum()) + prompts
+    assert p.tokens(batch.rows(slice(0, 1))) == int(batch.mask[0].sum()) + 3
+
+
+def test_saving_shows_no_bar_of_its_own(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    from transformers.utils import logging
+
+    logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+    policy().save_pretrained(tmp_path / "model")
+    assert capfd.readouterr() == ("", "")
+    assert logging.is_progress_bar_enabled()
 
 
 def test_rows_remember_the_temperature_they_were_sampled_at() -> None:

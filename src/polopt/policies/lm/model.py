@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -102,28 +103,36 @@ def resolve(model: str) -> str:
     return str(folder)
 
 
-def load_backbone(
-    model: str, *, device: torch.device | str = "cpu", lora: int = 0, lora_alpha: float = 16.0, seed: int = 0
-) -> Backbone:
-    """Load model and tokenizer in float32, in evaluation mode; with `lora` > 0 only adapters of that rank are trainable."""
-    place = resolve(model)
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+@contextmanager
+def quiet() -> Iterator[None]:
+    """transformers without messages and progress bars: polopt shows its own progress."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        with warnings.catch_warnings():
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def load_backbone(
+    model: str, *, device: torch.device | str = "cpu", lora: int = 0, lora_alpha: float = 16.0, seed: int = 0
+) -> Backbone:
+    """Load model and tokenizer in float32, in evaluation mode; with `lora` > 0 only adapters of that rank are trainable."""
+    place = resolve(model)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        with quiet(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             causal: Any = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(place, padding_side="left")
     except (OSError, ValueError) as error:
         raise PoloptError(f"policy.model = {model!r} could not be loaded: {str(error).splitlines()[0]}") from error
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
     return wrap(causal.to(torch.device(device)), tokenizer, lora=lora, lora_alpha=lora_alpha, seed=seed)
 
 

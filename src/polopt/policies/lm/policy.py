@@ -20,8 +20,8 @@ from polopt.part import Can
 from polopt.policies.lm.engine import Engine, ExactEngine, GeneralEngine
 from polopt.policies.lm.fast import FastEngine, supports
 from polopt.policies.lm.generate import Drawn, cut_at_stop, generate
-from polopt.policies.lm.model import Backbone
-from polopt.policies.lm.prompts import pad_left
+from polopt.policies.lm.model import Backbone, quiet
+from polopt.policies.lm.prompts import pad_left, shared
 from polopt.policies.lm.sampling import Sampling
 from polopt.policies.lm.stats import CHUNK, chunked
 from polopt.run import seed_of
@@ -123,7 +123,9 @@ class LMPolicy:
         prompt, known = batch.context["prompt"], batch.context["prompt_mask"]
         columns, places = batch.mask.any(0).nonzero(), known.any(0).nonzero()
         if columns.numel() == 0:
-            return {name: batch.mask.new_zeros(b, t, dtype=torch.float32) for name in want}
+            # tied to a parameter: a batch without decisions has the gradient 0, not none
+            zero = 0 * next(iter(self._tensors().values())).flatten()[0].float()
+            return {name: zero.expand(b, t) for name in want}
         used, skip = int(columns[-1]) + 1, int(places[0])  # padding common to all rows is not computed
         prompt, known, action, mask = prompt[:, skip:], known[:, skip:], batch.action[:, :used], batch.mask[:, :used]
         with self._view(view) as (backbone, engine), self._precision():
@@ -139,6 +141,15 @@ class LMPolicy:
                     whole = x.new_zeros(b * used, *x.shape[1:]).index_copy(0, index, x).view(b, used, *x.shape[1:])
                     out[name] = _widen(whole, t)
         return out
+
+    def tokens(self, batch: Batch) -> int:
+        """Tokens that one forward pass over `batch` processes: decisions, and prompts (the fast engine reads equal ones once)."""
+        if not bool(batch.mask.any()):
+            return 0
+        known = batch.context["prompt_mask"]
+        if self.engine.name == "fast":
+            known = known[shared(batch.context["prompt"], known)[0]]
+        return int(batch.mask.sum() + known.sum())
 
     def _values(self, hidden: Float[Tensor, "B U H"], mask: Bool[Tensor, "B T"], want: frozenset[str]) -> dict[str, Tensor]:
         if not want & {"value", "value_next"}:
@@ -293,7 +304,8 @@ class LMPolicy:
         if self.backbone.lora:
             causal = copy.deepcopy(self.backbone.module).merge_and_unload()  # type: ignore[operator]
         weights = {k: v.detach().clone() for k, v in causal.state_dict().items()}  # parameters may be views of one buffer
-        causal.save_pretrained(folder, state_dict=weights)
+        with quiet():
+            causal.save_pretrained(folder, state_dict=weights)
         self.tokenizer.save_pretrained(folder)
         if self.value_head is not None:
             save_file({k: v.detach().clone() for k, v in self.value_head.state_dict().items()}, str(folder / "value.safetensors"))
