@@ -161,6 +161,7 @@ def test_presets_follow_what_a_method_is_made_of() -> None:
         found = task.preset(method)
         assert found["collect.prompts"] * found.get("sampler.group_size", 1) == COMPLETIONS
         assert ("sampler.group_size" in found) == (method.sampler.group_size > 1)  # type: ignore[attr-defined]
+        assert found["threads"] == 1
         rates[name] = found["updates.policy.rule.lr"]
     assert rates["grpo"] == rates["rloo"] == rates["dapo"] == rates["ppo-lm"] == RATE  # one step, or up to four cut ones
     assert rates["cispo"] == RATE / 4  # four steps, and nothing cuts their gradient

@@ -22,7 +22,7 @@ def text_preset(method: Method) -> Mapping[str, Any]:
     """
     grouped = getattr(method.sampler, "group_size", 1) > 1
     chosen: dict[str, Any] = {
-        "threads": 2,
+        "threads": 1,  # a second gains a small model little, and loses much when the machine has other work
         "collect.prompts": COMPLETIONS // GROUP if grouped else COMPLETIONS,
         "collect.max_new_tokens": 16,
         "optim.micro": 64,  # a quarter of the memory at the same speed

@@ -29,6 +29,8 @@ class NaturalGradient(Part):
     sqrt(2 delta / x.Fx) x; then the first of theta + backtrack^j * full whose surrogate improves and whose mean KL(old || new) is
     at most delta. Without one, or with a gradient of 0 or not finite, the parameters stay.
     Where x.Fx <= 0 (rounding) the damping is raised.
+    The constraint covers what this rule does alone: where policy and value share layers (`policy.shared`), an update of the value
+    function moves the policy outside of it.
     """
 
     delta: Annotated[float, Range(gt=0), "largest mean KL divergence of a step"] = 0.01
