@@ -27,7 +27,6 @@ BENCHMARKS: dict[str, dict[str, Any]] = {
     "ppo-cold": {"args": ["CartPole-v1"], "contenders": ["cold_polopt", "cold_sb3"], "threads": 1, "higher": False},
     "grpo": {"args": ["fast"], "contenders": ["grpo_polopt", "grpo_trl"], "threads": 2, "higher": False},
     "grpo-general": {"args": ["general"], "contenders": ["grpo_polopt", "grpo_trl"], "threads": 2, "higher": False},
-    "grpo-compiled": {"args": ["compiled"], "contenders": ["grpo_polopt", "grpo_trl"], "threads": 2, "higher": False},
     "linear": {"args": [], "contenders": ["linear"], "threads": 1, "higher": False},
     "long": {"args": [], "contenders": ["long"], "threads": 1, "higher": False},
     "overhead": {"args": [], "contenders": ["overhead"], "threads": 1, "higher": False},

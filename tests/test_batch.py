@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from polopt.batch import Batch, Totals, last_valid, next_valid, own_flags, place_reward
+from polopt.batch import Batch, Totals
+from polopt.columns import last_valid, next_valid, own_flags, place_reward
 from polopt.errors import CallError, MissingStatistic
 from polopt.registry import get_method
 

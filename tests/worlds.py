@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from polopt.batch import Batch, last_valid
+from polopt.batch import Batch
+from polopt.columns import last_valid
 from polopt.interfaces import Request
 from polopt.part import Can
 from polopt.run import seed_of

@@ -1,4 +1,4 @@
-"""Seconds per GRPO step of polopt, and peak memory: fast | general | compiled."""
+"""Seconds per GRPO step of polopt, and peak memory: fast | general."""
 
 import json
 import resource
@@ -25,7 +25,7 @@ with tempfile.TemporaryDirectory() as place:
         "budget": "1000-updates", "threads": 2, "policy.model": str(folder), "options.reward": digits, "group_size": GROUP,
         "collect.prompts": PROMPTS, "collect.max_new_tokens": NEW_TOKENS, "penalty": "none", "lr": 1e-4,
         "policy.engine": "general" if how == "general" else "fast", "evaluate.episodes": 2,
-        "optim.compile": "always" if how == "compiled" else "never",
+        "optim.compile": "never",
     }  # fmt: skip
     resolved = resolve("grpo", f"data:{data}", settings)
     run = Improve(resolved.method, resolved.task, resolved.settings)

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from polopt.columns import (
+    all_end,
+    cat_left,
+    cat_tree,
+    column_of,
+    common_shape,
+    flags_of,
+    last_valid,
+    missing_message,
+    next_valid,
+    pad_axis,
+    place_reward,
+)
 from polopt.errors import CallError, MissingStatistic
+from polopt.pooling import not_half, pool_along, pool_units
 
 Tree = Any  # a tensor, or a dict of trees; only policies look inside
 How = Literal["mean", "sum", "std", "var", "max", "min", "count"]
@@ -135,7 +148,7 @@ class Batch:
             "value@now": value, "value_next@old": value_next, "entropy@now": entropy, **(stats or {}),
         }  # fmt: skip
         table = {k: torch.as_tensor(v) for k, v in named.items() if v is not None}
-        shape = _common_shape(table, mask, reward)
+        shape = common_shape(table, mask, reward)
         given = (*table.values(), mask, reward)
         device = next((x.device for x in given if isinstance(x, Tensor)), torch.device("cpu"))
         mask = torch.ones(shape, dtype=torch.bool, device=device) if mask is None else torch.as_tensor(mask).to(device).bool()
@@ -143,11 +156,11 @@ class Batch:
             raise CallError(f"mask has shape {tuple(mask.shape)}, expected {shape} (rows x decisions) like the statistics")
         none = torch.zeros_like(mask)
         ends = last_valid(mask) if truncated is None else none
-        terminated = ends if terminated is None else _flags("terminated", terminated, mask)
-        truncated = none if truncated is None else _flags("truncated", truncated, mask)
+        terminated = ends if terminated is None else flags_of("terminated", terminated, mask)
+        truncated = none if truncated is None else flags_of("truncated", truncated, mask)
         if value is not None:
             table.setdefault("value@old", table["value@now"].detach())
-            if "value_next@old" not in table and _all_end(mask, terminated, truncated):
+            if "value_next@old" not in table and all_end(mask, terminated, truncated):
                 table["value_next@old"] = next_valid(table["value@old"], mask)
         batch = cls(
             mask=mask,
@@ -155,7 +168,7 @@ class Batch:
             terminated=terminated,
             truncated=truncated,
             stats=table,
-            row={k: _column(k, v, mask) for k, v in (row or {}).items()},
+            row={k: column_of(k, v, mask) for k, v in (row or {}).items()},
             horizon=shape[1] if horizon is None else horizon,
         )
         for name, ids in {**({"group": group} if group is not None else {}), **(keys or {})}.items():
@@ -233,19 +246,19 @@ class Batch:
         if leave_one_out and how not in ("mean", "sum"):
             raise CallError(f"pool: leave_one_out works with how='mean' or 'sum', not '{how}'")
         valid = self.mask if valid is None else valid
-        x = _not_half(x)
+        x = not_half(x)
         rows_only = x.dim() == 1
         if rows_only and by in ("row", "segment"):
             raise CallError(f"pool: x of shape [B] cannot be pooled by '{by}'; pass x of shape [B,T]")
         member = valid.any(1) if rows_only else valid
         if by == "row":
-            return _pool_dim(x, member, how, ddof, leave_one_out, dim=1)
+            return pool_along(x, member, how, ddof, leave_one_out, dim=1)
         if by == "batch":
-            flat = _pool_dim(x.reshape(1, -1), member.reshape(1, -1), how, ddof, leave_one_out, dim=1)
+            flat = pool_along(x.reshape(1, -1), member.reshape(1, -1), how, ddof, leave_one_out, dim=1)
             return flat.reshape(x.shape)
         unit, size = self._unit(by)
         unit = unit if rows_only or unit.dim() == 2 else unit[:, None].expand(x.shape)
-        out = _pool_index(x.reshape(-1), member.reshape(-1), unit.reshape(-1), size, how, ddof, leave_one_out)
+        out = pool_units(x.reshape(-1), member.reshape(-1), unit.reshape(-1), size, how, ddof, leave_one_out)
         return out.reshape(x.shape)
 
     def _unit(self, by: str) -> tuple[Tensor, int]:
@@ -305,7 +318,7 @@ class Batch:
         extra = t - self.shape[1]
         if extra <= 0:
             return self
-        return self._map_rows(lambda x: x, lambda x: _pad_axis(x, extra, left=False))
+        return self._map_rows(lambda x: x, lambda x: pad_axis(x, extra, left=False))
 
     @classmethod
     def cat(cls, batches: Sequence[Batch]) -> Batch:
@@ -324,7 +337,7 @@ class Batch:
 
         def join(pick: Callable[[Batch], Any]) -> Any:
             values = [pick(b) for b in padded]
-            return None if any(v is None for v in values) else _cat_tree(values)
+            return None if any(v is None for v in values) else cat_tree(values)
 
         def table(pick: Callable[[Batch], Mapping[str, Tensor]]) -> dict[str, Tensor]:
             tables = [pick(b) for b in padded]
@@ -346,7 +359,7 @@ class Batch:
             source=join(lambda b: b.source), version=join(lambda b: b.version),
             stats=table(lambda b: b.stats), keys=table(lambda b: b.keys), row=table(lambda b: b.row),
             obs=join(lambda b: b.obs), action=join(lambda b: b.action),
-            context={k: _cat_left([b.context[k] for b in padded]) for k in first.context},
+            context={k: cat_left([b.context[k] for b in padded]) for k in first.context},
             final=None,
             units=sizes,
             horizon=max(b.horizon for b in padded),
@@ -380,184 +393,3 @@ class Batch:
             obs=tree_map(steps, self.obs), action=tree_map(steps, self.action),
             context={k: tree_map(fn, v) for k, v in self.context.items()}, final=None,
         )  # fmt: skip
-
-
-# -------------------------------------------------------------------- helpers on [B,T] tensors
-def last_valid(mask: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
-    """True at each row's last valid decision (nowhere in an empty row)."""
-    after = mask.flip(1).long().cumsum(1).flip(1)
-    return mask & (after == 1)
-
-
-def next_valid(x: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-    """The value of `x` at the next valid decision of the row, 0 where there is none."""
-    t = x.shape[1]
-    place = torch.where(mask, torch.arange(t, device=x.device), t)
-    upcoming = place.flip(1).cummin(1).values.flip(1)  # first valid index at or after t
-    nxt = torch.cat([upcoming[:, 1:], upcoming.new_full((x.shape[0], 1), t)], 1)
-    return torch.cat([x, x.new_zeros(x.shape[0], 1)], 1).gather(1, nxt)
-
-
-def own_flags(flags: Bool[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
-    """Flags of valid decisions: one that stands at a place between them (tool text) is of the valid decision before it."""
-    t = torch.arange(mask.shape[1], device=mask.device)
-    owner = torch.where(mask, t + 1, 0).cummax(1).values  # 0: nothing was decided yet
-    found = torch.zeros(mask.shape[0], mask.shape[1] + 1, device=mask.device).scatter_add(1, owner, flags.float())
-    return mask & (found[:, 1:] > 0)
-
-
-def place_reward(reward: Tensor, mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T K"]:
-    """Bring a reward of shape [B], [B,T] or [B,T,K] to [B,T,K]; a [B] reward lands on the row's last valid decision.
-
-    Rewards in half precision become float32: sums of them would be rounded.
-    """
-    reward = _not_half(reward) if reward.is_floating_point() else reward.to(torch.get_default_dtype())
-    b, t = mask.shape
-    if tuple(reward.shape) == (b,):
-        return torch.where(last_valid(mask), reward[:, None], torch.zeros_like(reward[:, None]))[..., None]
-    if tuple(reward.shape) == (b, t):
-        return reward[..., None]
-    if reward.dim() == 3 and tuple(reward.shape[:2]) == (b, t):
-        return reward
-    raise CallError(f"reward has shape {tuple(reward.shape)}, expected ({b},), ({b}, {t}) or ({b}, {t}, K)")
-
-
-def missing_message(name: str) -> str:
-    """What to pass so that the statistic `name@view` exists."""
-    stat, _, view = name.partition("@")
-    argument = {
-        "logp@now": "logp=", "logp@old": "logp_old=", "logp@behaviour": "logp_behaviour=", "logp@ref": "logp_ref=",
-        "value@now": "value=", "value@old": "value= or stats={'value@old': ...}", "entropy@now": "entropy=",
-    }.get(name, f"stats={{'{name}': ...}}")  # fmt: skip
-    if name == "value_next@old":
-        return (
-            "the batch lacks 'value_next@old' (V of the state after each decision): pass value_next= to Batch.of; value= shifted "
-            "by one stands in for it only where every row ends by termination"
-        )
-    meaning = {
-        "now": "of the current policy, with gradient", "old": "at the start of the update",
-        "ref": "of the reference policy", "behaviour": "as recorded by the sampler",
-    }.get(view, f"of view '{view}'")  # fmt: skip
-    return f"the batch lacks '{name}' ({stat} {meaning}): pass {argument} to Batch.of (it is never recomputed silently)"
-
-
-def _common_shape(table: Mapping[str, Tensor], mask: Tensor | None, reward: Tensor | None) -> tuple[int, int]:
-    shapes = {k: tuple(v.shape[:2]) for k, v in table.items()}
-    for k, v in table.items():
-        if v.dim() < 2:
-            raise CallError(f"'{k}' has shape {tuple(v.shape)}, expected [B,T] (rows x decisions)")
-    if len(set(shapes.values())) > 1:
-        raise CallError(f"statistics disagree on [B,T]: {shapes}")
-    if shapes:
-        b, t = next(iter(shapes.values()))
-        return int(b), int(t)
-    if mask is not None:
-        found = tuple(torch.as_tensor(mask).shape)
-        if len(found) != 2:
-            raise CallError(f"mask has shape {found}, expected [B,T] (rows x decisions)")
-        return found[0], found[1]
-    if reward is not None and torch.as_tensor(reward).dim() >= 2:
-        b, t = torch.as_tensor(reward).shape[:2]
-        return int(b), int(t)
-    raise CallError("Batch.of needs a statistic, a mask or a per-decision reward of shape [B,T]")
-
-
-def _flags(name: str, x: Tensor, mask: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
-    """Ends of shape [B,T], or [B] (of each row's last valid decision), as [B,T] on the mask's device."""
-    x, shape = torch.as_tensor(x).to(mask.device).bool(), tuple(mask.shape)
-    if tuple(x.shape) == shape:
-        return x
-    if tuple(x.shape) == shape[:1]:
-        return last_valid(mask) & x[:, None]
-    raise CallError(
-        f"{name} has shape {tuple(x.shape)}, expected {shape} (rows x decisions), or ({shape[0]},) for the ends of rows"
-    )
-
-
-def _column(name: str, x: Tensor, mask: Bool[Tensor, "B T"]) -> Tensor:
-    """A row column [B,...] on the mask's device."""
-    x = torch.as_tensor(x).to(mask.device)
-    if x.dim() < 1 or x.shape[0] != mask.shape[0]:
-        raise CallError(f"row['{name}'] has shape {tuple(x.shape)}, expected ({mask.shape[0]}, ...): one entry per row")
-    return x
-
-
-def _all_end(mask: Bool[Tensor, "B T"], terminated: Bool[Tensor, "B T"], truncated: Bool[Tensor, "B T"]) -> bool:
-    """Whether no return goes on beyond a cut or the end of its row, so that no value of an unseen state is needed."""
-    ended = own_flags(terminated, mask)
-    cut = last_valid(mask) | own_flags(truncated, mask)
-    return not bool((cut & ~ended).any())
-
-
-def _not_half(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
-def _pool_dim(x: Tensor, m: Tensor, how: str, ddof: int, loo: bool, dim: int) -> Tensor:
-    w = m.to(x.dtype)
-    n = w.sum(dim, keepdim=True)
-    if how in ("max", "min"):
-        fill = torch.finfo(x.dtype).min if how == "max" else torch.finfo(x.dtype).max
-        filled = torch.where(m, x, torch.full_like(x, fill))
-        out = filled.amax(dim, keepdim=True) if how == "max" else filled.amin(dim, keepdim=True)
-        return torch.where(n > 0, out, torch.zeros_like(out)).expand(x.shape)
-    if how == "count":
-        return n.expand(x.shape)
-    xs = torch.where(m, x, torch.zeros_like(x))
-    total = xs.sum(dim, keepdim=True)
-    return _combine(xs, w, total, n, how, ddof, loo, lambda v: v.sum(dim, keepdim=True)).expand(x.shape)
-
-
-def _pool_index(x: Tensor, m: Tensor, unit: Tensor, size: int, how: str, ddof: int, loo: bool) -> Tensor:
-    w = m.to(x.dtype)
-
-    def add(v: Tensor) -> Tensor:
-        return torch.zeros(size, dtype=v.dtype, device=v.device).index_add(0, unit, v)[unit]
-
-    if how in ("max", "min"):
-        fill = torch.finfo(x.dtype).min if how == "max" else torch.finfo(x.dtype).max
-        filled = torch.where(m, x, torch.full_like(x, fill))
-        out = torch.full((size,), fill, dtype=x.dtype, device=x.device)
-        out = out.scatter_reduce(0, unit, filled, "amax" if how == "max" else "amin")[unit]
-        return torch.where(add(w) > 0, out, torch.zeros_like(out))
-    n = add(w)
-    if how == "count":
-        return n
-    xs = torch.where(m, x, torch.zeros_like(x))
-    return _combine(xs, w, add(xs), n, how, ddof, loo, add)
-
-
-def _combine(
-    xs: Tensor, w: Tensor, total: Tensor, n: Tensor, how: str, ddof: int, loo: bool, add: Callable[[Tensor], Tensor]
-) -> Tensor:
-    if how == "sum":
-        return total - xs if loo else total
-    if how == "mean":
-        return (total - xs) / (n - w).clamp(min=1) if loo else total / n.clamp(min=1)
-    if how not in ("var", "std"):
-        raise CallError(f"pool: unknown how='{how}'; known: mean, sum, std, var, max, min, count")
-    centred = (xs - total / n.clamp(min=1)) * w  # two passes: exact for equal values up to rounding of the mean
-    var = add(centred * centred) / (n - ddof).clamp(min=1) * (n > ddof)
-    # the root has an infinite slope at 0, which would make gradients of equal members NaN
-    return var if how == "var" else torch.where(var > 0, var, torch.ones_like(var)).sqrt() * (var > 0)
-
-
-def _pad_axis(x: Tensor, extra: int, *, left: bool) -> Tensor:
-    spec = [0, 0] * (x.dim() - 2) + ([extra, 0] if left else [0, extra])
-    return F.pad(x, spec, value=0)
-
-
-def _cat_tree(values: Iterable[Any]) -> Any:
-    values = list(values)
-    if isinstance(values[0], Mapping):
-        return {k: _cat_tree([v[k] for v in values]) for k in values[0]}
-    return torch.cat(values)
-
-
-def _cat_left(values: list[Any]) -> Any:
-    if isinstance(values[0], Mapping):
-        return {k: _cat_left([v[k] for v in values]) for k in values[0]}
-    if values[0].dim() < 2:
-        return torch.cat(values)
-    width = max(v.shape[1] for v in values)
-    return torch.cat([_pad_axis(v, width - v.shape[1], left=True) for v in values])

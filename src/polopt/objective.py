@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Generator, Tensor
 
-from polopt.batch import Batch, Totals, missing_message
+from polopt.batch import Batch, Totals
+from polopt.columns import missing_message
 from polopt.errors import CallError, MissingStatistic
 from polopt.memory import Memory
 from polopt.part import Part, call

@@ -177,7 +177,8 @@ class RunFolder:
         """Write the checkpoint of `update` atomically, then remove all but the newest `keep` and the best one.
 
         best: its score, if it is the best so far. It is named before it is written: a name without a checkpoint is passed
-        over, but a best checkpoint that a kill left without its name would be lost. Raises `PoloptError` when it cannot be written (disk full); earlier checkpoints are then untouched.
+        over, but a best checkpoint that a kill left without its name would be lost.
+        Raises `PoloptError` when it cannot be written (disk full); earlier checkpoints are then untouched.
         """
         target = self.checkpoints / f"update-{update:09d}"
         try:

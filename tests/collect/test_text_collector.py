@@ -11,8 +11,9 @@ import torch
 from numpy.typing import NDArray
 from policies.lm_models import EOS, policy
 
-from polopt.batch import FORCED, OWN, Batch, Clock, last_valid
+from polopt.batch import FORCED, OWN, Batch, Clock
 from polopt.collect.text import TextCollector, build
+from polopt.columns import last_valid
 from polopt.errors import CallError, PoloptError
 from polopt.interfaces import Request
 from polopt.registry import get_method

@@ -85,9 +85,7 @@ def test_a_longer_budget_continues(tmp_path: Path) -> None:
 
 @pytest.fixture
 def done(tmp_path: Path) -> RunFolder:
-    polopt.train(
-        "ppo", "gym:CartPole-v1", budget="3-updates", out=tmp_path / "run", overrides={**CONTROL, "checkpoint.every": 1}
-    )
+    polopt.train("ppo", "gym:CartPole-v1", budget="3-updates", out=tmp_path / "run", overrides={**CONTROL, "checkpoint.every": 1})
     return RunFolder(tmp_path / "run")
 
 

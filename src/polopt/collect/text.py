@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from polopt.batch import FORCED, OWN, Batch, Clock, last_valid
+from polopt.batch import FORCED, OWN, Batch, Clock
+from polopt.columns import last_valid
 from polopt.errors import CallError
 from polopt.interfaces import Request, State
 from polopt.method import Method
@@ -119,7 +120,7 @@ class TextCollector:
             terminated=last,
             truncated=last & cut[:, None],
             source=torch.where(drawn.forced, FORCED, OWN),
-            version=torch.full_like(drawn.action, clock.update),
+            version=torch.full_like(drawn.action, int(clock.update)),
             stats={"logp@behaviour": drawn.logp, "entropy@behaviour": drawn.entropy},
             row={
                 "truncated": cut.float(), "temperature": heat.to(device), "length": drawn.mask.sum(1).float(),

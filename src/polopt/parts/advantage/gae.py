@@ -8,7 +8,8 @@ from typing import Annotated, ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
-from polopt.batch import Batch, last_valid
+from polopt.batch import Batch
+from polopt.columns import last_valid
 from polopt.part import Can, Part, Range, register_part
 from polopt.parts.advantage.scan import chain, discounted_sum, ends, standardised
 from polopt.parts.shapes import assert_decisions, keep

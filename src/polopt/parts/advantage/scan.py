@@ -6,7 +6,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from polopt.batch import Batch, own_flags
+from polopt.batch import Batch
+from polopt.columns import own_flags
 
 
 def discounted_sum(x: Float[Tensor, "B T"], carry: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:

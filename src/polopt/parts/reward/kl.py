@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from polopt.batch import Batch, last_valid
+from polopt.batch import Batch
+from polopt.columns import last_valid
 from polopt.errors import MissingStatistic
 from polopt.part import Can, Part, Range, register_part
 from polopt.parts.shapes import assert_decisions, keep

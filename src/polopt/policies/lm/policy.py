@@ -13,7 +13,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from polopt.batch import Batch, next_valid
+from polopt.batch import Batch
+from polopt.columns import next_valid
 from polopt.errors import CallError, PoloptError
 from polopt.interfaces import State
 from polopt.part import Can
