@@ -40,7 +40,6 @@ $(STAMP): requirements.lock requirements-torch.txt pyproject.toml
 demo: $(STAMP)
 	@rm -rf $(DEMO_OUT)
 	@$(BIN)/polopt train grpo $(DEMO_TASK) $(DEMO_ARGS) --out $(DEMO_OUT)
-	@$(BIN)/polopt report $(DEMO_OUT)
 
 test: $(STAMP)
 	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
