@@ -22,8 +22,18 @@ WORKERS = HERE / "workers"
 CARTPOLE = ["CartPole-v1", "8", "2048", "64", "10"]  # environments, steps per environment x8, minibatch, epochs
 CHEETAH = ["HalfCheetah-v5", "8", "2048", "64", "10"]
 BENCHMARKS: dict[str, dict[str, Any]] = {
-    "ppo-cartpole": {"args": CARTPOLE, "contenders": ["ppo_polopt", "ppo_sb3", "ppo_sbx"], "threads": 1, "higher": True},
-    "ppo-cheetah": {"args": CHEETAH, "contenders": ["ppo_polopt", "ppo_sb3", "ppo_sbx"], "threads": 1, "higher": True},
+    "ppo-cartpole": {
+        "args": CARTPOLE,
+        "contenders": ["ppo_polopt", "ppo_peer:stable_baselines3", "ppo_peer:sbx"],
+        "threads": 1,
+        "higher": True,
+    },
+    "ppo-cheetah": {
+        "args": CHEETAH,
+        "contenders": ["ppo_polopt", "ppo_peer:stable_baselines3", "ppo_peer:sbx"],
+        "threads": 1,
+        "higher": True,
+    },
     "ppo-cold": {"args": ["CartPole-v1"], "contenders": ["cold_polopt", "cold_sb3"], "threads": 1, "higher": False},
     "grpo": {"args": ["fast"], "contenders": ["grpo_polopt", "grpo_trl"], "threads": 2, "higher": False},
     "grpo-general": {"args": ["general"], "contenders": ["grpo_polopt", "grpo_trl"], "threads": 2, "higher": False},
@@ -33,8 +43,10 @@ BENCHMARKS: dict[str, dict[str, Any]] = {
 }
 
 
-def run(worker: str, args: list[str], threads: int, peer_python: str) -> dict[str, Any]:
-    """One run of one contender: the JSON object on its last line."""
+def run(contender: str, args: list[str], threads: int, peer_python: str) -> dict[str, Any]:
+    """One run of one contender (`worker` or `worker:first-argument`): the JSON object on its last line."""
+    worker, _, first = contender.partition(":")
+    args = [first, *args] if first else args
     ours = worker.endswith("polopt") or worker in ("linear", "long", "overhead")
     env = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     python = sys.executable if ours else peer_python

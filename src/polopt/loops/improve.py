@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,14 +19,13 @@ from polopt.interfaces import Event, Observer, Plan, State, Task
 from polopt.loops.build import make_collector, make_policy
 from polopt.loops.executor import Executor
 from polopt.loops.flat import FlatParameters
+from polopt.loops.measures import Metrics, explained_variance, signal, tidy, to_floats
 from polopt.loops.plan import Compile, compile_plan
 from polopt.method import Method, Update
 from polopt.part import Moment, call
 from polopt.run import Budget, Ledger, RunFolder, Streams, environment, finite, peak_rss
 from polopt.settings import Settings
 from polopt.stats import VIEWS, split, with_prerequisites
-
-Metrics = dict[str, float]
 
 
 class Improve:
@@ -231,7 +230,7 @@ class Improve:
     def record(self, metrics: Metrics, finished: bool) -> None:
         """Write metrics, tell observers, save when it is time."""
         if self.folder is not None:
-            self._lines.append(json.dumps(finite({k: _tidy(v) for k, v in metrics.items()})))
+            self._lines.append(json.dumps(finite({k: tidy(v) for k, v in metrics.items()})))
         event = Event(
             self.updates,
             metrics,
@@ -388,39 +387,3 @@ class Improve:
             self.finish("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
         except OSError:  # a full disk must not hide the first error
             return
-
-
-# -------------------------------------------------------------------- helpers
-def explained_variance(batch: Batch) -> dict[str, Tensor]:
-    """1 - Var(return - value) / Var(return) over valid decisions, where old values are known; 0 when returns do not vary."""
-    if "value@old" not in batch.stats:
-        return {}
-    target, value = batch.stats["return@old"], batch.stats["value@old"]
-    total = batch.pool(target, by="batch", how="var").flatten()[0]
-    rest = batch.pool(target - value, by="batch", how="var").flatten()[0]
-    return {"explained_variance": torch.where(total > 0, 1 - rest / total.clamp(min=1e-12), torch.zeros_like(total))}
-
-
-def signal(batch: Batch, advantage: Tensor) -> dict[str, Tensor]:
-    """Share of groups without any nonzero advantage (dead groups), where rows come in groups."""
-    if batch.group is None or batch.units["group"] >= batch.shape[0]:
-        return {}
-    size = advantage.abs() if advantage.dim() == 2 else advantage.abs().amax(-1)
-    strongest = batch.pool((size * batch.mask).amax(1), by="group", how="max")
-    share = batch.mask.any(1) / batch.pool(torch.ones_like(strongest), by="group", how="count").clamp(
-        min=1
-    )  # 1/size: a group counts once
-    return {"dead_groups": ((strongest == 0) * share).sum() / share.sum().clamp(min=1e-9)}
-
-
-def to_floats(info: Mapping[str, Tensor]) -> Metrics:
-    """All diagnostics as floats, with one transfer from the device."""
-    if not info:
-        return {}
-    device = next((v.device for v in info.values() if v.device.type != "cpu"), torch.device("cpu"))
-    values = torch.stack([v.detach().float().reshape(()).to(device) for v in info.values()]).tolist()
-    return dict(zip(info, values, strict=True))
-
-
-def _tidy(value: float) -> float:
-    return value if isinstance(value, int) else float(f"{value:.8g}")

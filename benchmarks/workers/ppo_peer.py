@@ -1,5 +1,6 @@
-"""Steady-state environment steps per second of the PPO of stable_baselines3: ENV ENVS BATCH MINIBATCH EPOCHS."""
+"""Steady-state environment steps per second of the PPO of stable_baselines3 or sbx: LIBRARY ENV ENVS BATCH MINIBATCH EPOCHS."""
 
+import importlib
 import itertools
 import json
 import statistics
@@ -7,12 +8,11 @@ import sys
 import time
 
 import torch
-from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 
 torch.set_num_threads(1)
-env, envs, batch, minibatch, epochs = sys.argv[1], *map(int, sys.argv[2:6])
+library, env, envs, batch, minibatch, epochs = *sys.argv[1:3], *map(int, sys.argv[3:7])
 starts: list[float] = []
 
 
@@ -26,9 +26,9 @@ class Clock(BaseCallback):
         starts.append(time.perf_counter())
 
 
-model = PPO(
+model = importlib.import_module(library).PPO(
     "MlpPolicy", make_vec_env(env, n_envs=envs, seed=0), n_steps=batch // envs, batch_size=minibatch, n_epochs=epochs, seed=0,
-    device="cpu" if "sb3" == "sb3" else "auto",
+    device="cpu" if library == "stable_baselines3" else "auto",
 )  # fmt: skip
 model.learn(batch * 8, callback=Clock())
 starts.append(time.perf_counter())
