@@ -40,7 +40,7 @@ def explain(method: Method) -> str:
     if statistics := sorted(method.needs()):
         lines += [f"Needs of each decision: {', '.join(statistics)}"]
     if method.claim:
-        lines += ["", *_wrap("", f"Claim: {' '.join(method.claim.split())}")]
+        lines += ["", *_wrap("", f"The paper's claim, not measured here: {' '.join(method.claim.split())}")]
     return "\n".join(lines)
 
 
