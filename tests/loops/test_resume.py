@@ -83,6 +83,18 @@ def test_a_longer_budget_continues(tmp_path: Path) -> None:
     assert [m["update"] for m in metrics(tmp_path / "run")] == [1, 2, 3]
 
 
+def test_a_smaller_budget_ends_with_a_score_of_the_present_policy(tmp_path: Path) -> None:
+    settings = {**CONTROL, "collect.steps": 128, "updates.policy.rule.lr": 0.01}
+    part = polopt.train(
+        "ppo", "gym:CartPole-v1", budget="9-updates", out=tmp_path / "run", observers=[StopAt(6)], overrides=settings
+    )
+    assert part.summary["eval_score"] == part.summary["eval_score_initial"]
+    done = polopt.resume(tmp_path / "run", budget="3-updates")
+    assert (done.summary["status"], done.summary["updates"]) == ("done", 6)
+    assert done.summary["eval_score"] == polopt.evaluate(tmp_path / "run", which="last")["score"]
+    assert done.summary["eval_score"] != part.summary["eval_score"]
+
+
 @pytest.fixture
 def done(tmp_path: Path) -> RunFolder:
     polopt.train("ppo", "gym:CartPole-v1", budget="3-updates", out=tmp_path / "run", overrides={**CONTROL, "checkpoint.every": 1})

@@ -217,6 +217,8 @@ class Improve:
                     metrics |= {f"eval_{k}": v for k, v in self.evaluate().items()}
                 self.record(metrics, finished)
             status = "done" if self.fraction() >= 1 else "interrupted"
+            if status == "done" and self.scores.get("update") != self.updates:
+                self.evaluate()  # resumed with a budget that was spent already
             self.save()
             if self.folder is not None:
                 self.policy.save_pretrained(self.folder.path / "policy")
@@ -260,7 +262,7 @@ class Improve:
         found = self.collector.evaluate(self.settings.evaluate.episodes)
         score = found["score"]
         self.scores.setdefault("initial", score)
-        self.scores["last"] = score
+        self.scores |= {"last": score, "update": self.updates}
         for slot, part in self.method.parts().items():
             if "evaluated" in part.moments:
                 entries = {k: torch.tensor(v) for k, v in found.items()}
