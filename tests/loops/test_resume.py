@@ -95,6 +95,12 @@ def test_a_smaller_budget_ends_with_a_score_of_the_present_policy(tmp_path: Path
     assert done.summary["eval_score"] != part.summary["eval_score"]
 
 
+def test_a_trust_region_refuses_layers_that_another_update_trains(tmp_path: Path) -> None:
+    with pytest.raises(polopt.CallError, match=r"update 'critic' trains the same layers; use policy\.shared = false"):
+        polopt.train("trpo", "gym:CartPole-v1", out=tmp_path / "run", overrides={**CONTROL, "policy.shared": True})
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.fixture
 def done(tmp_path: Path) -> RunFolder:
     polopt.train("ppo", "gym:CartPole-v1", budget="3-updates", out=tmp_path / "run", overrides={**CONTROL, "checkpoint.every": 1})

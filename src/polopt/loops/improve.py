@@ -14,7 +14,7 @@ from torch import Tensor
 
 from polopt import objective
 from polopt.batch import Batch, Clock
-from polopt.errors import PoloptError
+from polopt.errors import CallError, PoloptError
 from polopt.interfaces import Event, Observer, Plan, State, Task
 from polopt.loops.build import make_collector, make_policy
 from polopt.loops.executor import Executor
@@ -59,6 +59,7 @@ class Improve:
             )
             for u in method.updates
         }  # fmt: skip
+        self._refuse_shared_layers()
         self.compile = compile_plan(method, task, settings, self.executors.values())
         self.store: dict[str, Batch] = {}
         self.updates = 0
@@ -68,6 +69,17 @@ class Improve:
         self._lines: list[str] = []
         self._is_best = False
         self._saved_at = (0, time.monotonic())
+
+    def _refuse_shared_layers(self) -> None:
+        """Raise `CallError` when a rule that bounds its own step shares parameters with another update."""
+        for name, one in self.executors.items():
+            mine = {*map(id, one.parameters)} if getattr(one.update.rule, "alone", False) else set()
+            for other, two in self.executors.items():
+                if other != name and mine & {*map(id, two.parameters)}:
+                    raise CallError(
+                        f"{self.method.name}: rule '{one.update.rule.name}' of update '{name}' bounds how far the policy moves, but "
+                        f"update '{other}' trains the same layers; use policy.shared = false"
+                    )
 
     # ---------------------------------------------------------------- one iteration
     def step(self) -> Metrics:

@@ -29,8 +29,7 @@ class NaturalGradient(Part):
     sqrt(2 delta / x.Fx) x; then the first of theta + backtrack^j * full whose surrogate improves and whose mean KL(old || new) is
     at most delta. Without one, or with a gradient of 0 or not finite, the parameters stay.
     Where x.Fx <= 0 (rounding) the damping is raised.
-    The constraint covers what this rule does alone: where policy and value share layers (`policy.shared`), an update of the value
-    function moves the policy outside of it.
+    The constraint covers what this rule does alone: no other update may train the same layers (`policy.shared`).
     """
 
     delta: Annotated[float, Range(gt=0), "largest mean KL divergence of a step"] = 0.01
@@ -42,6 +41,7 @@ class NaturalGradient(Part):
     accept_ratio: Annotated[float, Range(ge=0, lt=1), "least share of the expected improvement"] = 0.0
     equation: ClassVar[str] = "theta <- theta + b^j sqrt(2 delta / x.Fx) x,  F x = g,  smallest j with KL <= delta and improvement"
     host: ClassVar[bool] = True
+    alone: ClassVar[bool] = True  # parameters may belong to no other update
 
     @property
     def needs(self) -> frozenset[str]:
