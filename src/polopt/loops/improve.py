@@ -77,8 +77,8 @@ class Improve:
             for other, two in self.executors.items():
                 if other != name and mine & {*map(id, two.parameters)}:
                     raise CallError(
-                        f"{self.method.name}: rule '{one.update.rule.name}' of update '{name}' bounds how far the policy moves, but "
-                        f"update '{other}' trains the same layers; use policy.shared = false"
+                        f"{self.method.name}: rule '{one.update.rule.name}' of update '{name}' bounds how far the policy moves, "
+                        f"but update '{other}' trains the same layers; use policy.shared = false"
                     )
 
     # ---------------------------------------------------------------- one iteration
