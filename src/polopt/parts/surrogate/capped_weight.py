@@ -10,13 +10,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from polopt.batch import Batch
-from polopt.part import Can, Part, Range, register_part
+from polopt.part import Range, register_part
 from polopt.parts.shapes import assert_decisions, log_ratio
+from polopt.parts.surrogate.on_ratio import OnRatio
 
 
 @register_part("surrogate", "capped-weight")
 @dataclass(frozen=True)
-class CappedWeight(Part):
+class CappedWeight(OnRatio):
     """CISPO's surrogate (MiniMax-M1, arXiv 2506.13585 eq. 4): l_t = -sg(min(r_t, cap)) A_t log pi(a_t|s_t).
 
     sg stops the gradient, so every decision keeps one, in proportion to its capped weight. The paper clips from above only and does
@@ -25,16 +26,6 @@ class CappedWeight(Part):
 
     cap: Annotated[float, Range(gt=0), "largest importance weight"] = 5.0
     equation: ClassVar[str] = "l_t = -sg(min(r_t, cap)) A_t log pi(a_t|s_t)"
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """Log-probabilities now and at the start of the update."""
-        return frozenset({"logp@now", "logp@old"})
-
-    @property
-    def requires(self) -> frozenset[Can]:
-        """Log-probabilities of given decisions."""
-        return frozenset({Can.SCORE})
 
     def __call__(self, batch: Batch, now: Mapping[str, Tensor], advantage: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
         """The loss of each decision."""

@@ -11,8 +11,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from polopt.batch import Batch
-from polopt.part import Can, Part, Range, register_part, register_preset
+from polopt.part import Range, register_part, register_preset
 from polopt.parts.shapes import assert_decisions, log_ratio
+from polopt.parts.surrogate.on_ratio import OnRatio
 
 
 def clipped(ratio: Tensor, advantage: Tensor, low: float, high: float) -> Tensor:
@@ -27,7 +28,7 @@ def outside(ratio: Tensor, advantage: Tensor, low: float, high: float) -> Tensor
 
 @register_part("surrogate", "clip")
 @dataclass(frozen=True)
-class Clip(Part):
+class Clip(OnRatio):
     """PPO's clipped surrogate (arXiv 1707.06347 eq. 7) with separate bounds (DAPO, 2503.14476) and dual clip (1912.09729 eq. 5).
 
     l_t = -min(r_t A_t, clip(r_t, 1-low, 1+high) A_t); where A_t < 0, dual clip bounds it: l_t = -max(min(...), dual A_t).
@@ -38,16 +39,6 @@ class Clip(Part):
     high: Annotated[float, Range(ge=0), "ratios above 1 + high are clipped"] = 0.2
     dual: Annotated[float | None, Range(gt=1), "for negative advantages, largest useful ratio; none: unbounded"] = None
     equation: ClassVar[str] = "l_t = -min(r_t A_t, clip(r_t, 1-low, 1+high) A_t);  dual: A_t < 0 -> -max(min(...), dual A_t)"
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """Log-probabilities now and at the start of the update."""
-        return frozenset({"logp@now", "logp@old"})
-
-    @property
-    def requires(self) -> frozenset[Can]:
-        """Log-probabilities of given decisions."""
-        return frozenset({Can.SCORE})
 
     def __call__(self, batch: Batch, now: Mapping[str, Tensor], advantage: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
         """The loss of each decision."""
@@ -70,7 +61,7 @@ register_preset("surrogate", "dual-clip", Clip(dual=3.0))
 
 @register_part("surrogate", "sequence-clip")
 @dataclass(frozen=True)
-class SequenceClip(Part):
+class SequenceClip(OnRatio):
     """GSPO's clipped surrogate of whole rows (arXiv 2507.18071 eq. 5 and 7).
 
     s_i = (pi(o_i|q)/pi_old(o_i|q))^(1/|o_i|) = exp(mean_t log r_{i,t});
@@ -82,16 +73,6 @@ class SequenceClip(Part):
     high: Annotated[float, Range(ge=0), "sequence ratios above 1 + high are clipped"] = 4e-4
     equation: ClassVar[str] = "s_i = exp((1/|o_i|) sum_t log r_{i,t});  l_{i,t} = -min(s_i A_i, clip(s_i, 1-low, 1+high) A_i)"
     rows: ClassVar[bool] = True
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """Log-probabilities now and at the start of the update."""
-        return frozenset({"logp@now", "logp@old"})
-
-    @property
-    def requires(self) -> frozenset[Can]:
-        """Log-probabilities of given decisions."""
-        return frozenset({Can.SCORE})
 
     def __call__(self, batch: Batch, now: Mapping[str, Tensor], advantage: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
         """The loss of each decision."""

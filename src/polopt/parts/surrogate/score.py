@@ -12,6 +12,7 @@ from torch import Tensor
 from polopt.batch import Batch
 from polopt.part import Can, Part, register_part
 from polopt.parts.shapes import assert_decisions, log_ratio
+from polopt.parts.surrogate.on_ratio import OnRatio
 
 
 @register_part("surrogate", "score")
@@ -42,23 +43,13 @@ class ScoreFunction(Part):
 
 @register_part("surrogate", "ratio")
 @dataclass(frozen=True)
-class Ratio(Part):
+class Ratio(OnRatio):
     """The importance-weighted surrogate without a clip (TRPO eq. 14, arXiv 1502.05477): l_t = -r_t A_t, r = pi/pi_old.
 
     Its value bounds nothing by itself; a rule (natural gradient) or a penalty keeps the policy close.
     """
 
     equation: ClassVar[str] = "l_t = -r_t A_t,  r_t = pi(a_t|s_t)/pi_old(a_t|s_t)"
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """Log-probabilities now and at the start of the update."""
-        return frozenset({"logp@now", "logp@old"})
-
-    @property
-    def requires(self) -> frozenset[Can]:
-        """Log-probabilities of given decisions."""
-        return frozenset({Can.SCORE})
 
     def __call__(self, batch: Batch, now: Mapping[str, Tensor], advantage: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
         """The loss of each decision."""
