@@ -187,10 +187,6 @@ class Batch:
             return replace(self, group=index.to(self.mask.device), units=units)
         return replace(self, keys={**self.keys, name: index.to(self.mask.device)}, units=units)
 
-    def with_stats(self, **stats: Tensor) -> Batch:
-        """Return a copy with these statistics added; write `@` as two underscores (`logp__old=`)."""
-        return replace(self, stats={**self.stats, **{k.replace("__", "@"): v for k, v in stats.items()}})
-
     def adding(self, stats: Mapping[str, Tensor]) -> Batch:
         """Return a copy with these `name@view` statistics added."""
         return replace(self, stats={**self.stats, **stats})

@@ -37,7 +37,7 @@ def explain(method: Method) -> str:
     lines += ["", "Updates:", *(line for u in method.updates for line in _wrap("  ", f"{u.name}: {_summary(method, u.name)}"))]
     if needs := sorted(method.requires()):
         lines += ["", f"Needs of policy and task: {', '.join(needs)}"]
-    if statistics := sorted(method.needs()):
+    if statistics := [*sorted(method.needs()), *sorted({r for p in method.parts().values() for r in p.reads})]:
         lines += [f"Needs of each decision: {', '.join(statistics)}"]
     if method.claim:
         lines += ["", *_wrap("", f"The paper's claim, not measured here: {' '.join(method.claim.split())}")]

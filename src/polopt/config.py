@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 #: Keys of a configuration file that are no settings.
 HEADER = ("method", "task", "name")
 FROM = {"task": "preset of the task", "user": "set by the user"}
-PLAIN = (str, int, float, bool, type(None))
 
 
 @dataclass(frozen=True)

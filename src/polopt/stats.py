@@ -33,9 +33,6 @@ VIEWS = {"now": NOW, "old": OLD, "ref": REF}
 #: Statistics that any policy with logits can compute; a paper may register further ones in its own file.
 STATS: dict[str, StatFn] = {}
 
-#: Statistics that come from elsewhere in the policy: value nets, distributions, closed-form divergences.
-POLICY_STATS = frozenset({"value", "value_next", "kl", "dist"})
-
 
 def stat(name: str) -> Callable[[StatFn], StatFn]:
     """Register a statistic of logits under `name`."""
