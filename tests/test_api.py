@@ -13,6 +13,7 @@ import torch
 import polopt
 from polopt import api
 from polopt.config import dump_config, load_config, save_config
+from polopt.loops import drive
 from polopt.overrides import Layer, resolve
 from polopt.part import Can
 from polopt.parts.surrogate.clip import Clip
@@ -174,7 +175,7 @@ def test_rewards_of_the_users_file_are_copied_into_the_run(tmp_path, monkeypatch
     folder = RunFolder.create("run")
     save_config(r, folder)
     (tmp_path / "mine.py").unlink()
-    again = api.read_run(folder)
+    again = drive.read_run(folder)
     assert again.task.channels == ("exact", "brief")
     assert [x.weight for x in again.task.rewards.rewards] == [1.0, 0.5]
     assert (folder.path / "files/mine.py").is_file()

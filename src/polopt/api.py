@@ -2,45 +2,23 @@
 
 from __future__ import annotations
 
-import re
-import shutil
-import signal
-import sys
-import threading
-import traceback
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from polopt import catalogue, registry
-from polopt.config import load_config, save_config
+from polopt.config import save_config
 from polopt.errors import CallError
 from polopt.method import Method
-from polopt.overrides import Layer, Resolved, resolve
+from polopt.overrides import Resolved, resolve
 from polopt.part import Part
 from polopt.run import RunFolder
 
 if TYPE_CHECKING:
     from polopt.interfaces import Observer, Policy, Task
-    from polopt.loops.improve import Improve
+    from polopt.loops.drive import Run
 
 Which = Literal["best", "last"]
-
-
-@dataclass
-class Run:
-    """A finished (or interrupted) run: its folder if it has one, its summary, and the policy as it is now."""
-
-    folder: Path | None
-    summary: dict[str, Any]
-    policy: Policy
-    signal: int | None = field(default=None, repr=False)
-
-    def predict(self, inputs: Any, *, greedy: bool = True) -> Any:
-        """Actions for observations, or completions for prompts, of the policy as it is now."""
-        return self.policy.predict(inputs, greedy=greedy)
 
 
 # -------------------------------------------------------------------- looking
@@ -115,10 +93,12 @@ def launch(
     resolved: Resolved, *, out: str | Path | Literal[False] | None = None, observers: Sequence[Observer] = (), quiet: bool = True
 ) -> Run:
     """Start a resolved run; `quiet=False` adds the progress display. The folder of a run that never began is removed."""
+    from polopt.loops.drive import default_out, drive
+
     folder = None if out is False else RunFolder.create(out if out is not None else default_out(resolved))
     if folder is not None:
         save_config(resolved, folder)
-    return _drive(resolved, folder, observers, quiet=quiet, resuming=False)
+    return drive(resolved, folder, [*observers, *_default_observers(folder, quiet)])
 
 
 def resume(
@@ -134,113 +114,30 @@ def resume(
 
     method, task: the values, for a run whose method or task was made in Python and cannot be rebuilt from config.yaml.
     """
+    from polopt.loops.drive import drive, read_run
+
     folder = RunFolder.open(run)
     resolved = read_run(folder, {} if budget is None else {"budget": budget}, method, task)
     if budget is not None:
         save_config(resolved, folder)
-    return _drive(resolved, folder, observers, quiet=quiet, resuming=True)
+    return drive(resolved, folder, [*observers, *_default_observers(folder, quiet)], resuming=True)
 
 
-def _drive(resolved: Resolved, folder: RunFolder | None, observers: Sequence[Observer], *, quiet: bool, resuming: bool) -> Run:
-    from polopt.loops.improve import Improve
-
-    with _interruptible() as control:
-        try:
-            watching = [*observers, *(_default_observers(folder, quiet) if folder else ())]
-            run = Improve(resolved.method, resolved.task, resolved.settings, folder=folder, observers=watching)
-            if resuming:
-                run.resume()
-        except BaseException as error:
-            if folder is not None and not resuming:
-                _withdraw(folder, error)
-            raise
-        control.run = run
-        summary = run.run()
-    return Run(folder.path if folder else None, summary, run.policy, control.signal)
-
-
-def _default_observers(folder: RunFolder, quiet: bool) -> list[Observer]:
-    from polopt.evidence.observers import default_observers
+def _default_observers(folder: RunFolder | None, quiet: bool) -> list[Observer]:
+    if folder is None:
+        return []
+    from polopt.evidence.watch.observers import default_observers
 
     return default_observers(folder.path, quiet=quiet)
 
 
-def _withdraw(folder: RunFolder, error: BaseException) -> None:
-    """Undo a run folder whose run could not even be built, but keep the traceback of a surprise."""
-    for path in (folder.path / "config.yaml", folder.path / "files", folder.checkpoints, folder.path / "tb"):
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
-    if isinstance(error, CallError | KeyboardInterrupt):
-        if folder.path.is_dir() and not any(folder.path.iterdir()):
-            folder.path.rmdir()
-    else:
-        folder.write_text("error.txt", "".join(traceback.format_exception(error)))
-
-
-def default_out(resolved: Resolved) -> Path:
-    """runs/<method>-<task>-s<seed>, with -2, -3 ... appended while that exists."""
-    words = f"{resolved.method.name}-{resolved.task.name.rpartition('/')[2]}-s{resolved.settings.seed}"
-    base = Path("runs") / re.sub(r"[^A-Za-z0-9._-]+", "-", words)
-    path, n = base, 1
-    while path.exists():
-        n += 1
-        path = base.with_name(f"{base.name}-{n}")
-    return path
-
-
-# -------------------------------------------------------------------- signals
-@dataclass
-class _Control:
-    run: Improve | None = None
-    signal: int | None = None
-
-
-@contextmanager
-def _interruptible() -> Iterator[_Control]:
-    """While inside, the first SIGINT or SIGTERM makes the run save and end; the second one aborts it."""
-    control = _Control()
-
-    def handle(number: int, frame: object) -> None:
-        first, control.signal = control.signal is None, number
-        if control.run is None or not first:
-            raise KeyboardInterrupt
-        control.run.stop = signal.Signals(number).name
-        print(f"\n{signal.Signals(number).name}: finishing this update and saving; once more to abort", file=sys.stderr)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield control
-        return
-    before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield control
-    except KeyboardInterrupt as error:
-        error.args = (control.signal or signal.SIGINT,)
-        raise
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
-
-
 # -------------------------------------------------------------------- runs on disk
-def read_run(
-    folder: RunFolder, over: Mapping[str, Any] | None = None, method: Method | None = None, task: Task | None = None
-) -> Resolved:
-    """The resolved run that a folder's config.yaml describes, with some values changed."""
-    config = load_config(folder.path / "config.yaml")
-    if config.method is None or config.task is None:
-        raise CallError(f"{folder.path}/config.yaml names no {'method' if config.method is None else 'task'}")
-    own = config.only(method=method is None, task=task is None)
-    layers = [Layer(own.values, own.sources, listing=True), Layer(over or {}, "call")]
-    return resolve(method or config.method, task or config.task, layers, name=config.name)
-
-
 def load(
     run: str | Path, which: Which = "best", *, device: str | None = None, method: Method | None = None, task: Task | None = None
 ) -> Policy:
     """The policy of a run's best (by held-out score) or last checkpoint, ready to `predict`; method and task as for `resume`."""
     from polopt.loops.build import make_policy
+    from polopt.loops.drive import read_run
 
     folder = RunFolder.open(run)
     resolved = read_run(folder, {} if device is None else {"device": device}, method, task)
@@ -255,6 +152,7 @@ def evaluate(
 ) -> dict[str, float]:
     """Scores of a run's policy on held-out seeds or prompts, "score" first."""
     from polopt.loops.build import make_collector, make_policy
+    from polopt.loops.drive import read_run
 
     folder = RunFolder.open(run)
     over = {"evaluate.episodes": episodes, "evaluate.greedy": greedy, "device": device}
@@ -275,4 +173,4 @@ def _which(which: str) -> str:
     return which
 
 
-__all__ = ["Run", "diff", "evaluate", "explain", "launch", "load", "method", "methods", "resume", "train"]
+__all__ = ["diff", "evaluate", "explain", "launch", "load", "method", "methods", "resume", "train"]

@@ -11,6 +11,7 @@ from torch import Generator, Tensor
 
 from polopt import objective
 from polopt.batch import Batch, Totals
+from polopt.claim import Floor, Miniature, Neutral
 from polopt.errors import CallError, unknown
 from polopt.memory import Memory
 from polopt.part import REASONS, Can, Part, Range, check_fields, union
@@ -23,6 +24,11 @@ UPDATE_SLOTS = ("advantage", "select", "weight", "surrogate", "penalty", "critic
 #: Slots that hold several parts.
 PLURAL = ("reward", "select", "weight", "penalty")
 SLOTS = ("sampler", "decoder", "source", "reward", *UPDATE_SLOTS)
+#: What describes a method without acting in it; a child does not inherit it.
+DESCRIPTION: dict[str, Any] = {
+    "title": "", "paper": "", "year": None, "family": "", "doc": "", "claim": "", "builds_on": (), "card": None,
+    "miniature": None, "neutral": {}, "floor": None,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -125,6 +131,10 @@ class Method:
     doc: str = ""
     claim: str = ""
     builds_on: tuple[str, ...] = ()
+    card: int | None = None  # number in the catalogue of papers
+    miniature: Miniature | None = None  # the experiment that tests its claim
+    neutral: Mapping[str, Neutral] = field(default_factory=dict)  # by slot: when a part makes no difference to the parent
+    floor: Floor | None = None  # what it must at least learn
     parent: Method | None = field(default=None, repr=False)
     changes: tuple[str, ...] = ()  # what was replaced when it was made from its parent
 
@@ -148,7 +158,7 @@ class Method:
         nested = {k: v for k, v in changes.items() if k in inner}
         if nested:
             updates = (replace(updates[0], **nested), *updates[1:])
-        described = {"title": "", "paper": "", "year": None, "doc": "", "claim": "", "builds_on": (), "family": self.family}
+        described = {**DESCRIPTION, "family": self.family}
         child = replace(
             self,
             **{**described, **direct, "updates": updates},

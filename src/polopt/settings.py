@@ -81,6 +81,7 @@ class EvaluateSettings(_Section):
     """Scores on held-out seeds or prompts."""
 
     every: Annotated[int, Range(ge=0), "iterations between evaluations; 0: only first and last"] = 0
+    points: Annotated[int, Range(ge=0), "evaluations spread evenly over the budget, whatever the method; 0: by `every`"] = 0
     episodes: Annotated[int, Range(ge=1), "episodes or prompts per evaluation"] = 64
     greedy: Annotated[bool, "most likely actions instead of draws"] = True
 

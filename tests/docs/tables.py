@@ -38,7 +38,7 @@ def methods() -> str:
 
 def warnings() -> str:
     """Title, what it means, what to do."""
-    from polopt.evidence.rules import RULES
+    from polopt.evidence.watch.rules import RULES
 
     return _table(("warning", "why it matters", "what to do"), [(r.title, r.why, r.remedy) for r in RULES])
 

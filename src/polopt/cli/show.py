@@ -118,7 +118,7 @@ def parts(args: argparse.Namespace) -> int:
 
 def report(args: argparse.Namespace) -> int:
     """`polopt report RUN`."""
-    from polopt.evidence.report import make_report
+    from polopt.evidence.report.page import make_report
     from polopt.run import RunFolder
 
     print(make_report(RunFolder.open(args.run).path))

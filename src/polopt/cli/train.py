@@ -12,7 +12,7 @@ from polopt.cli.words import OWN
 from polopt.errors import CallError
 
 if TYPE_CHECKING:
-    from polopt.api import Run
+    from polopt.loops.drive import Run
     from polopt.overrides import Resolved
 
 
@@ -31,8 +31,9 @@ def train(args: argparse.Namespace, settings: dict[str, str]) -> int:
         print(dry_run(resolved))
         return 0
     from polopt import api
+    from polopt.loops.drive import default_out
 
-    out = Path(args.out) if args.out else api.default_out(resolved)
+    out = Path(args.out) if args.out else default_out(resolved)
     return _finish(_marked(out, lambda: api.launch(resolved, out=out, quiet=args.quiet)), report=not args.no_report)
 
 
@@ -109,7 +110,7 @@ def _finish(run: Run, *, report: bool) -> int:
         return 128 + (run.signal or 2)
     print(f"{run.summary['status']}: {run.summary['updates']} updates, {run.summary['decisions']} decisions{shown}: {run.folder}")
     if report and run.folder is not None:
-        from polopt.evidence.report import make_report
+        from polopt.evidence.report.page import make_report
 
         print(f"report: {make_report(run.folder)}")
     return 0

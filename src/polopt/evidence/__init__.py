@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from polopt.evidence.diagnostics import Finding, Thresholds, Watch, diagnose
-from polopt.evidence.observers import default_observers
-from polopt.evidence.progress import Progress
-from polopt.evidence.tensorboard import TensorBoard
+from polopt.evidence.watch.diagnostics import Finding, Thresholds, Watch, diagnose
+from polopt.evidence.watch.observers import default_observers
+from polopt.evidence.watch.progress import Progress
+from polopt.evidence.watch.tensorboard import TensorBoard
 
 __all__ = ["Finding", "Progress", "TensorBoard", "Thresholds", "Watch", "default_observers", "diagnose"]

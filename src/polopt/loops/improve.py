@@ -222,10 +222,10 @@ class Improve:
                 self.evaluate()
                 self.save()
             while self.fraction() < 1 and self.stop is None:
+                before = self.fraction()
                 metrics = self.step()
-                every = self.settings.evaluate.every
                 finished = self.fraction() >= 1
-                if finished or (every and self.updates % every == 0):
+                if finished or self.evaluation_due(before):
                     metrics |= {f"eval_{k}": v for k, v in self.evaluate().items()}
                 self.record(metrics, finished)
             status = "done" if self.fraction() >= 1 else "interrupted"
@@ -240,6 +240,13 @@ class Improve:
         finally:
             self.collector.close()
         return self.finish(status)
+
+    def evaluation_due(self, before: float) -> bool:
+        """Whether the policy is to be scored after an iteration that began when the share `before` of the budget was spent."""
+        how = self.settings.evaluate
+        if how.points:
+            return int(self.fraction() * how.points + 1e-9) > int(before * how.points + 1e-9)
+        return bool(how.every) and self.updates % how.every == 0
 
     def record(self, metrics: Metrics, finished: bool) -> None:
         """Write metrics, tell observers, save when it is time."""

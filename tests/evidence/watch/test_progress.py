@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from polopt.evidence import progress as module
-from polopt.evidence.progress import Progress, clock, count, spark
+from polopt.evidence.watch import progress as module
+from polopt.evidence.watch.progress import Progress, clock, count, spark
 from polopt.interfaces import Event
 
 INFO = {"method": "grpo", "task": "text:spell_backward", "seed": 3, "parameters": 512_000, "updates": 0, "fraction": 0.0}

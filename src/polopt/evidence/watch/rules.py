@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Literal, NamedTuple
 
-from polopt.evidence.pulse import Pulse
+from polopt.evidence.watch.pulse import Pulse
 
 Level = Literal["note", "warning", "error"]
 

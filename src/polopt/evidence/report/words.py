@@ -7,9 +7,9 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from polopt.evidence.diagnostics import number
-from polopt.evidence.history import History
-from polopt.evidence.pulse import finite
+from polopt.evidence.report.history import History
+from polopt.evidence.watch.diagnostics import number
+from polopt.evidence.watch.pulse import finite
 
 
 def duration(seconds: float) -> str:

@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 
 from polopt.errors import CallError
-from polopt.evidence.curves import line_of, smooth, thin
-from polopt.evidence.history import read_run
-from polopt.evidence.panels import PANELS, panels_for
-from polopt.evidence.report import make_report
-from polopt.evidence.rules import RULES
-from polopt.evidence.words import command, duration, flatten, size
+from polopt.evidence.report.curves import line_of, smooth, thin
+from polopt.evidence.report.history import read_run
+from polopt.evidence.report.page import make_report
+from polopt.evidence.report.panels import PANELS, panels_for
+from polopt.evidence.report.words import command, duration, flatten, size
+from polopt.evidence.watch.rules import RULES
 
 MakeRun = Callable[..., Path]
 VOID = {"meta", "br", "hr", "img", "input", "link", "use"}

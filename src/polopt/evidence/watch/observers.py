@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from polopt.evidence.progress import Progress
-from polopt.evidence.tensorboard import TensorBoard
+from polopt.evidence.watch.progress import Progress
+from polopt.evidence.watch.tensorboard import TensorBoard
 from polopt.interfaces import Observer
 
 
@@ -18,7 +18,7 @@ def default_observers(folder: Path, *, quiet: bool = False, tensorboard: bool = 
     if tensorboard:
         observers.append(TensorBoard(Path(folder) / "tb"))
     if wandb:
-        from polopt.evidence.wandb import WandB
+        from polopt.evidence.watch.wandb import WandB
 
         observers.append(WandB(Path(folder)))
     return observers

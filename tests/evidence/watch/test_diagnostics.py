@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from polopt.evidence.diagnostics import Finding, Thresholds, Watch, diagnose
-from polopt.evidence.pulse import Average, Pulse, domain_of
-from polopt.evidence.rules import RULES
+from polopt.evidence.watch.diagnostics import Finding, Thresholds, Watch, diagnose
+from polopt.evidence.watch.pulse import Average, Pulse, domain_of
+from polopt.evidence.watch.rules import RULES
 
 Lines = list[dict[str, Any]]
 Healthy = Callable[..., Lines]

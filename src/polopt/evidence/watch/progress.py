@@ -9,8 +9,8 @@ from collections import deque
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from polopt.evidence.diagnostics import Finding, Watch, number
-from polopt.evidence.pulse import domain_of, finite
+from polopt.evidence.watch.diagnostics import Finding, Watch, number
+from polopt.evidence.watch.pulse import domain_of, finite
 from polopt.interfaces import Event
 
 if TYPE_CHECKING:

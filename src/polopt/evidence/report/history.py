@@ -15,8 +15,8 @@ import numpy as np
 from jaxtyping import Float64
 
 from polopt.errors import CallError
-from polopt.evidence.diagnostics import Finding, Watch
-from polopt.evidence.pulse import domain_of, finite
+from polopt.evidence.watch.diagnostics import Finding, Watch
+from polopt.evidence.watch.pulse import domain_of, finite
 
 Column = Float64[np.ndarray, " n"]
 

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from polopt.evidence.pulse import Pulse, finite
-from polopt.evidence.rules import RULES, Level, Reading, Rule, Thresholds
+from polopt.evidence.watch.pulse import Pulse, finite
+from polopt.evidence.watch.rules import RULES, Level, Reading, Rule, Thresholds
 
 LEVELS: tuple[Level, ...] = ("note", "warning", "error")
 

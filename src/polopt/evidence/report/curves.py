@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float64
 
-from polopt.evidence.panels import Panel
+from polopt.evidence.report.panels import Panel
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

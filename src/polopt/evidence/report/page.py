@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from polopt.evidence.curves import Column, Line, draw, line_of, save_png
-from polopt.evidence.diagnostics import number
-from polopt.evidence.history import History, read_run
-from polopt.evidence.panels import SECTIONS, Panel, panels_for
-from polopt.evidence.pulse import finite
-from polopt.evidence.words import command, flatten, size, tiles, verdict
+from polopt.evidence.report.curves import Column, Line, draw, line_of, save_png
+from polopt.evidence.report.history import History, read_run
+from polopt.evidence.report.panels import SECTIONS, Panel, panels_for
+from polopt.evidence.report.words import command, flatten, size, tiles, verdict
+from polopt.evidence.watch.diagnostics import number
+from polopt.evidence.watch.pulse import finite
 
 Drawn = tuple[Panel, list[Line]]
 

@@ -12,7 +12,7 @@ import pytest
 
 from polopt.errors import CallError
 from polopt.evidence import TensorBoard, default_observers
-from polopt.evidence.progress import Progress
+from polopt.evidence.watch.progress import Progress
 from polopt.interfaces import Event
 
 event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
@@ -83,7 +83,7 @@ def test_wandb_gets_configuration_numbers_and_summary(tmp_path: Path, monkeypatc
     )
     fake = SimpleNamespace(init=lambda **given: calls.append(("init", given)) or run)
     monkeypatch.setitem(sys.modules, "wandb", fake)  # type: ignore[arg-type]
-    from polopt.evidence.wandb import WandB
+    from polopt.evidence.watch.wandb import WandB
 
     board = WandB(tmp_path / "my-run", per_second=1e-6)
     board.start({"method": "ppo", "seed": 1, "config": {"lr": 3e-4}})
