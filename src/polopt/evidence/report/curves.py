@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import re
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float64
 
+from polopt.evidence.markup import themed
 from polopt.evidence.report.panels import Panel
 
 if TYPE_CHECKING:
@@ -120,7 +120,8 @@ def draw(panel: Panel, lines: list[Line], marks: list[float], until: float, *, w
         _plot(axes, panel, lines, marks, until, _SERIES, _INK, _GRID, _ALERT)
         out = io.StringIO()
         figure.savefig(out, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    return _themed(out.getvalue(), panel, lines, width)
+    label = f"{panel.title}: from {lines[0].first:.3g} to {lines[0].last:.3g}"
+    return themed(out.getvalue(), _VARIABLES, label, f"c{zlib.crc32(f'{panel.key} {width}'.encode()):08x}")
 
 
 def _plot(
@@ -181,8 +182,8 @@ def _axes(axes: Axes, panel: Panel, lines: list[Line], until: float, ink: str, g
     right = max(until, left)
     axes.set_xlim(*((0.0 if left < 0.2 * right else left, right) if right > left else (left - 0.5, left + 0.5)))
     axes.xaxis.set_major_locator(MaxNLocator(5 if right > left else 1))
-    axes.xaxis.set_major_formatter(FuncFormatter(_tick))
-    axes.yaxis.set_major_formatter(FuncFormatter(_tick))
+    axes.xaxis.set_major_formatter(FuncFormatter(tick))
+    axes.yaxis.set_major_formatter(FuncFormatter(tick))
     axes.grid(axis="y", color=grid, linewidth=1)
     axes.set_axisbelow(True)
     axes.tick_params(length=0, colors=ink, labelsize=11, pad=5)
@@ -192,48 +193,12 @@ def _axes(axes: Axes, panel: Panel, lines: list[Line], until: float, ink: str, g
     axes.patch.set_visible(False)
 
 
-def _tick(x: float, _: Any = None) -> str:
+def tick(x: float, _: Any = None) -> str:
+    """Label of an axis: `20k`, `1.5M`."""
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(x) >= size:
             return f"{x / size:.4g}{unit}"
     return f"{x:.4g}" if abs(x) >= 1e-3 or x == 0 else f"{x:.0e}".replace("e-0", "e-")
-
-
-def _themed(svg: str, panel: Panel, lines: list[Line], width: int) -> str:
-    """The <svg> element alone, with theme colours, short numbers, the page's font, and a name for screen readers."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"#aa00[0-3][0-9]", lambda m: _VARIABLES.get(m[0], m[0]), svg)
-    svg = re.sub(r'(?<= )(?:d|x|y|transform)="[^"]*"', lambda m: _SHORT.sub(_shorten, m[0]), svg)
-    svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)
-    svg = _own_ids(svg, f"c{zlib.crc32(f'{panel.key} {width}'.encode()):08x}")
-    svg = re.sub(r"<!--.*?-->", "", svg, flags=re.S)
-    label = f"{panel.title}: from {lines[0].first:.3g} to {lines[0].last:.3g}"
-    opening = re.search(r'viewBox="([^"]*)"', svg)
-    box = opening[1] if opening else "0 0 400 200"
-    body = svg[svg.index(">") + 1 :]
-    head = f'<svg viewBox="{box}" role="img" aria-label="{_attribute(label)}" xmlns:xlink="http://www.w3.org/1999/xlink">'
-    return re.sub(r"\s*\n\s*", "\n", head + body)
-
-
-def _own_ids(svg: str, prefix: str) -> str:
-    """Keep only ids that something refers to, under names that no other picture on the page has."""
-    used = {name: f"{prefix}-{i}" for i, name in enumerate(dict.fromkeys(re.findall(r'(?:href="|url\()#([^")]+)', svg)))}
-    svg = re.sub(r' id="([^"]*)"', lambda m: f' id="{used[m[1]]}"' if m[1] in used else "", svg)
-    return re.sub(r'((?:href="|url\()#)([^")]+)', lambda m: m[1] + used[m[2]], svg)
-
-
-_SHORT = re.compile(r"-?\d+\.\d{2,}")
-
-
-def _shorten(m: re.Match[str]) -> str:
-    """A tenth of a pixel is enough for a coordinate."""
-    return f"{float(m[0]):.1f}".removesuffix(".0")
-
-
-def _attribute(text: str) -> str:
-    import html
-
-    return html.escape(text, quote=True)
 
 
 def save_png(path: Path, title: str, rows: list[tuple[Panel, list[Line]]], until: float) -> None:
@@ -253,4 +218,4 @@ def save_png(path: Path, title: str, rows: list[tuple[Panel, list[Line]]], until
     figure.savefig(path)
 
 
-__all__ = ["Column", "Line", "draw", "line_of", "save_png", "smooth", "thin"]
+__all__ = ["Column", "Line", "draw", "line_of", "save_png", "smooth", "thin", "tick"]

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import html
 import json
 import math
-import os
-import tempfile
 from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
@@ -14,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from polopt.evidence.markup import escape, plain, strict, write
 from polopt.evidence.report.curves import Column, Line, draw, line_of, save_png
 from polopt.evidence.report.history import History, read_run
 from polopt.evidence.report.panels import SECTIONS, Panel, panels_for
@@ -49,33 +47,15 @@ def make_report(folder: Path) -> Path:
     drawn = _draw_lines(_curves_of(history))
     sentences = verdict(history)
     title = f"{history.fact('method') or 'run'} on {history.fact('task') or 'an unknown task'}"
-    _write(history.folder / "report.json", (json.dumps(_numbers(history, sentences, drawn), allow_nan=False) + "\n").encode())
+    write(history.folder / "report.json", (json.dumps(_numbers(history, sentences, drawn), allow_nan=False) + "\n").encode())
     main = [d for d in drawn if d[0].key in ("eval_score", "accuracy", "episode_return", "reward")][:2]
     if main:
         temporary = history.folder / ".curve.part.png"
-        save_png(temporary, _plain(f"{title}, seed {history.fact('seed')}"), main, _end(drawn))
+        save_png(temporary, plain(f"{title}, seed {history.fact('seed')}"), main, _end(drawn))
         temporary.replace(history.folder / "curve.png")
     page = history.folder / "report.html"
-    _write(page, _page(history, title, sentences, drawn).encode())
+    write(page, _page(history, title, sentences, drawn).encode())
     return page
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Replace a file in one step: a reader never sees half a page."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as out:
-            out.write(data)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
-
-
-def _plain(text: str) -> str:
-    """Text that matplotlib shows as it is: a dollar sign would start a formula."""
-    return text.replace("$", r"\$")
 
 
 # ------------------------------------------------------------------------------------------------------------- numbers
@@ -133,50 +113,33 @@ def _numbers(history: History, sentences: list[str], drawn: list[Drawn]) -> dict
         "verdict": sentences, "status": history.status, "summary": facts, "command": command(history), "notes": history.notes,
         "warnings": [f.as_dict() for f in history.findings], "curves": curves, "config": dict(flatten(history.config)),
     }  # fmt: skip
-    cleaned: dict[str, Any] = _clean(out)
+    cleaned: dict[str, Any] = strict(out)
     return cleaned
 
 
-def _clean(x: Any) -> Any:
-    """The same tree as strict JSON: numbers that are not finite become null, unknown types text."""
-    if isinstance(x, dict):
-        return {str(k): _clean(v) for k, v in x.items()}
-    if isinstance(x, list | tuple):
-        return [_clean(v) for v in x]
-    if x is None or isinstance(x, str | bool | int):
-        return x
-    if isinstance(x, float):
-        return x if math.isfinite(x) else None
-    return str(x)
-
-
 # ---------------------------------------------------------------------------------------------------------------- page
-def _e(x: object) -> str:
-    return html.escape(str(x), quote=True)
-
-
 def _page(history: History, title: str, sentences: list[str], drawn: list[Drawn]) -> str:
     style = (files("polopt") / "assets" / "report.css").read_text(encoding="utf-8")
     seed = history.fact("seed")
     body = [
-        f'<div class="brow"><span>polopt report</span>{"" if seed is None else f"<span>seed {_e(seed)}</span>"}'
-        f'<span class="status {_e(_word(history.status))}">{_e(history.status)}</span></div>',
-        f"<h1>{_e(title)}</h1>",
-        '<section class="verdict">' + "".join(f"<p>{_e(s)}</p>" for s in sentences) + "</section>",
+        f'<div class="brow"><span>polopt report</span>{"" if seed is None else f"<span>seed {escape(seed)}</span>"}'
+        f'<span class="status {escape(_word(history.status))}">{escape(history.status)}</span></div>',
+        f"<h1>{escape(title)}</h1>",
+        '<section class="verdict">' + "".join(f"<p>{escape(s)}</p>" for s in sentences) + "</section>",
         '<dl class="tiles">'
-        + "".join(f'<div class="tile"><dt>{_e(k)}</dt><dd>{_e(v)}</dd></div>' for k, v in tiles(history))
+        + "".join(f'<div class="tile"><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>' for k, v in tiles(history))
         + "</dl>",
         _findings(history),
         *_curves(history, drawn),
         _repeat(history),
-        f"<footer>Made by polopt from <code>{_e(history.folder.name)}</code>. Horizontal axes count decisions; the strong line "
+        f"<footer>Made by polopt from <code>{escape(history.folder.name)}</code>. Horizontal axes count decisions; the strong line "
         "is a moving "
         "mean, the faint one behind it the raw numbers; dashed verticals mark where a warning became certain.</footer>",
     ]
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">'
-        f"<title>{_e(title)}</title>\n<style>\n{style}</style></head>\n<body><main>\n"
+        f"<title>{escape(title)}</title>\n<style>\n{style}</style></head>\n<body><main>\n"
         + "\n".join(body)
         + "\n</main></body></html>\n"
     )
@@ -188,12 +151,12 @@ def _word(text: str) -> str:
 
 def _findings(history: History) -> str:
     items = [
-        f'<li class="finding {f.level}"><h3>{_e(f.title)}<span class="kind">{_e(f.level)}</span></h3>'
-        f'<p class="what">{_e(f.text[0].upper() + f.text[1:])}</p><p>{_e(f.why)}</p>'
-        f"<p><strong>Try:</strong> {_e(f.remedy)}</p></li>"
+        f'<li class="finding {f.level}"><h3>{escape(f.title)}<span class="kind">{escape(f.level)}</span></h3>'
+        f'<p class="what">{escape(f.text[0].upper() + f.text[1:])}</p><p>{escape(f.why)}</p>'
+        f"<p><strong>Try:</strong> {escape(f.remedy)}</p></li>"
         for f in history.findings
     ]
-    notes = "".join(f'<p class="quiet">{_e(note)}</p>' for note in history.notes)
+    notes = "".join(f'<p class="quiet">{escape(note)}</p>' for note in history.notes)
     if not items:
         return notes
     return '<section><h2>Warnings</h2><ul class="findings">' + "".join(items) + f"</ul>{notes}</section>"
@@ -228,7 +191,7 @@ def _curves(history: History, drawn: list[Drawn]) -> Iterable[str]:
             for line in lines
         )
         single = all(line.count == 1 for _, lines in constants for line in lines)
-        yield f'<p class="quiet">{"One number only" if single else "The same all the time"}, so not drawn: {_e(said)}.</p>'
+        yield f'<p class="quiet">{"One number only" if single else "The same all the time"}, so not drawn: {escape(said)}.</p>'
     if further > MOST_FURTHER:
         yield f'<p class="quiet">{further - MOST_FURTHER} further metrics are in report.json and metrics.jsonl.</p>'
 
@@ -248,14 +211,14 @@ def _figure(panel: Panel, lines: list[Line], marks: list[float], until: float) -
     legend = ""
     if len(lines) > 1 and panel.kind != "band":
         names = "".join(
-            f'<span><i style="background:var(--series-{i % 6 + 1})"></i>{_e(line.label)}</span>' for i, line in enumerate(lines)
+            f'<span><i style="background:var(--series-{i % 6 + 1})"></i>{escape(line.label)}</span>' for i, line in enumerate(lines)
         )
         legend = f'<div class="legend">{names}</div>'
     missing = max(line.missing for line in lines)
     gap = f" {missing:,} updates had no finite number." if missing > 1 else ""
     return (
-        f'<figure class="panel{" hero" if hero else ""}"><h3>{_e(panel.title)}</h3>{legend}{picture}'
-        f'<figcaption>{_e(panel.caption)} <span class="numbers">{_e(_span(panel, lines))}{gap}</span></figcaption></figure>'
+        f'<figure class="panel{" hero" if hero else ""}"><h3>{escape(panel.title)}</h3>{legend}{picture}'
+        f'<figcaption>{escape(panel.caption)} <span class="numbers">{escape(_span(panel, lines))}{gap}</span></figcaption></figure>'
     )
 
 
@@ -276,13 +239,13 @@ def _span(panel: Panel, lines: list[Line]) -> str:
 
 
 def _table(rows: list[tuple[str, str]]) -> str:
-    return "<table>" + "".join(f'<tr><td>{_e(k)}</td><td class="value">{_e(v)}</td></tr>' for k, v in rows) + "</table>"
+    return "<table>" + "".join(f'<tr><td>{escape(k)}</td><td class="value">{escape(v)}</td></tr>' for k, v in rows) + "</table>"
 
 
 def _repeat(history: History) -> str:
     machine = [pair for key in ("versions", "hardware") for pair in flatten(history.summary.get(key) or {}) if pair[1] != "None"]
     config = flatten(history.config) or ([("config.yaml", history.config_text)] if history.config_text else [])
-    out = [f"<section><h2>Repeat it</h2><pre>{_e(command(history))}</pre>"]
+    out = [f"<section><h2>Repeat it</h2><pre>{escape(command(history))}</pre>"]
     out.append('<div class="pair"><div><h3>Versions and machine</h3>' + _table(machine or [("unknown", "not recorded")]) + "</div>")
     out.append("<div><h3>Files</h3>" + _files(history.folder) + "</div></div></section>")
     if config:
@@ -308,8 +271,8 @@ def _files(folder: Path) -> str:
             if path.is_dir()
             else (size(weight) if path.exists() and name != "report.html" else "")
         )
-        link = f'<a href="./{_e(_quote(name))}">{_e(name)}</a>'
-        rows.append(f"<tr><td>{link}</td><td>{_e('; '.join(x for x in (about, amount) if x))}</td></tr>")
+        link = f'<a href="./{escape(_quote(name))}">{escape(name)}</a>'
+        rows.append(f"<tr><td>{link}</td><td>{escape('; '.join(x for x in (about, amount) if x))}</td></tr>")
     return "<table>" + "".join(rows) + "</table>"
 
 
