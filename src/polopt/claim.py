@@ -41,6 +41,8 @@ class Miniature:
 class Neutral:
     """When a part that differs from the parent's makes no difference: with these settings, on such batches.
 
+    Declared by slot path of the method, or of the parent where only that one has the part; None instead of a `Neutral` says that
+    there is none. Slots whose parts differ in settings alone need no declaration.
     own: settings of the method's part (by the field's name); parent: settings of the parent's part in the same slot, where it
     is the parent that must be neutral; batch: names of conditions on the batch (`evidence.proof.batches`).
     equal: "loss" if loss and gradients agree, "gradient" if only the gradients do.

@@ -133,7 +133,7 @@ class Method:
     builds_on: tuple[str, ...] = ()
     card: int | None = None  # number in the catalogue of papers
     miniature: Miniature | None = None  # the experiment that tests its claim
-    neutral: Mapping[str, Neutral] = field(default_factory=dict)  # by slot: when a part makes no difference to the parent
+    neutral: Mapping[str, Neutral | None] = field(default_factory=dict)  # by slot: when a part makes no difference; None: never
     floor: Floor | None = None  # what it must at least learn
     parent: Method | None = field(default=None, repr=False)
     changes: tuple[str, ...] = ()  # what was replaced when it was made from its parent

@@ -10,6 +10,9 @@ Not included: the dynamic sampling and length penalty that the paper takes over 
 soft-overlong`), and its early stop of repetitive answers.
 """
 
+from math import inf
+
+from polopt.claim import Neutral
 from polopt.methods.language.grpo import GRPO
 from polopt.parts.aggregate import TokenMean
 from polopt.parts.surrogate.capped_weight import CappedWeight
@@ -28,5 +31,10 @@ CISPO = register(
         doc=__doc__ or "",
         claim="Twice as fast as DAPO on AIME 2024 with Qwen2.5-32B.",
         builds_on=("dapo",),
+        neutral={
+            "surrogate": Neutral(own={"cap": inf}, parent={"low": inf, "high": inf}, equal="gradient"),
+            "penalty.kl-ref": Neutral(parent={"coef": 0.0}),
+            "aggregate": Neutral(batch=("equal-lengths",)),
+        },
     )
 )

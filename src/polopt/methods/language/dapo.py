@@ -12,6 +12,7 @@ Paper: 16 answers per prompt, 16 gradient steps per batch, rate 1e-6 with warm-u
 rewriting of answers to integers.
 """
 
+from polopt.claim import Neutral
 from polopt.methods.language.grpo import GRPO
 from polopt.parts.aggregate import TokenMean
 from polopt.parts.reward.overlong import SoftOverlong
@@ -33,5 +34,10 @@ DAPO = register(
         year=2025,
         doc=__doc__ or "",
         claim="Reaches a higher AIME 2024 accuracy than DeepSeek-R1-Zero-Qwen-32B in half the training steps.",
+        neutral={
+            "reward.soft-overlong": Neutral(own={"cache": 0.0}),
+            "penalty.kl-ref": Neutral(parent={"coef": 0.0}),
+            "aggregate": Neutral(batch=("equal-lengths",)),
+        },
     )
 )

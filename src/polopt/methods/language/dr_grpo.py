@@ -9,6 +9,7 @@ the generation limit, as in the released code.
 Not included: the paper's study of templates and base models.
 """
 
+from polopt.claim import Neutral
 from polopt.methods.language.grpo import GRPO
 from polopt.parts.advantage.group import GroupBaseline
 from polopt.parts.aggregate import SeqMeanTokenSumNorm
@@ -25,5 +26,9 @@ DR_GRPO = register(
         year=2025,
         doc=__doc__ or "",
         claim="Equal accuracy with shorter wrong answers: length no longer grows without benefit.",
+        neutral={
+            "penalty.kl-ref": Neutral(parent={"coef": 0.0}),
+            "aggregate": Neutral(batch=("full-length",)),
+        },
     )
 )

@@ -12,6 +12,7 @@ Paper: 64 answers per prompt, beta = 0.04, rate 1e-6, one update per batch; here
 supervision, iterative training of the reward model, and replacing the reference between rounds.
 """
 
+from polopt.claim import Neutral
 from polopt.method import Update
 from polopt.methods.onpolicy.ppo import PPO
 from polopt.parts.advantage.group import GroupBaseline
@@ -36,5 +37,15 @@ GRPO = register(
         family="language",
         doc=__doc__ or "",
         claim="Improves mathematical reasoning as PPO does, with less memory because it has no critic.",
+        neutral={
+            "advantage": Neutral(
+                own={"scale": "none"},
+                parent={"gamma": 1.0, "lam": 1.0, "standardise": False},
+                batch=("whole-episodes", "value-is-group-mean"),
+            ),
+            "penalty.kl-ref": Neutral(own={"coef": 0.0}),
+            "critic": Neutral(parent={"coef": 0.0}),
+            "aggregate": Neutral(batch=("equal-lengths",)),
+        },
     )
 )

@@ -12,6 +12,7 @@ Not included: the pretraining term (PPO-ptx), an adaptive beta, a separate rewar
 plays its part).
 """
 
+from polopt.claim import Neutral
 from polopt.method import Update
 from polopt.methods.onpolicy.ppo import PPO
 from polopt.parts.advantage.gae import GAE
@@ -34,5 +35,6 @@ PPO_LM = register(
         doc=__doc__ or "",
         claim="Answers of a tuned small model are preferred to those of a model a hundred times its size.",
         builds_on=("1909.08593", "1506.02438"),
+        neutral={"reward.kl-in-reward": Neutral(own={"beta": 0.0})},
     )
 )

@@ -11,6 +11,7 @@ rate 1e-6.
 Not included: RAFT, and the ratio with several steps per batch of some ports (use `surrogate clip` and `epochs`).
 """
 
+from polopt.claim import Neutral
 from polopt.methods.onpolicy.reinforce import REINFORCE
 from polopt.parts.advantage.group import GroupBaseline
 from polopt.parts.reward.kl import KLInReward
@@ -29,7 +30,12 @@ RLOO = register(
         paper="2402.14740",
         year=2024,
         family="language",
+        card=245,
         doc=__doc__ or "",
         claim="Outperforms PPO and RL-free methods such as DPO and RAFT on human preferences at lower cost.",
+        neutral={
+            "reward.kl-in-reward": Neutral(own={"beta": 0.0}),
+            "advantage": Neutral(own={"centre": "none"}, parent={"credit": "whole"}),
+        },
     )
 )

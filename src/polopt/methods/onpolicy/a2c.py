@@ -10,6 +10,7 @@ Not included: recurrent policies. Fragments are 5 steps long in the original set
 length.
 """
 
+from polopt.claim import Neutral
 from polopt.methods.onpolicy.a3c import A3C
 from polopt.parts.rule.descend import Descend
 from polopt.registry import register
@@ -22,8 +23,10 @@ A2C = register(
         title="A2C",
         paper="1602.01783",
         year=2017,
+        card=132,
         doc=__doc__ or "",
         claim="As good as A3C without asynchrony, and simpler.",
         builds_on=("2205.09123",),
+        neutral={"penalty.entropy": Neutral(parent={"coef": 0.0})},
     )
 )

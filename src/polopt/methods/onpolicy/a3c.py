@@ -13,6 +13,7 @@ adds gradients up over a fragment, here they are averaged, which RMSProp's scale
 epsilon; epsilon is that of later ports (1e-5) instead of 0.1.
 """
 
+from polopt.claim import Neutral
 from polopt.methods.onpolicy.reinforce_baseline import REINFORCE_BASELINE
 from polopt.parts.advantage.gae import NStep
 from polopt.parts.aggregate import TokenMean
@@ -30,7 +31,13 @@ A3C = register(
         title="A3C (synchronous)",
         paper="1602.01783",
         year=2016,
+        card=143,
         doc=__doc__ or "",
         claim="Learns from short fragments, online, with less variance than Monte Carlo returns.",
+        neutral={
+            "advantage": Neutral(own={"gamma": 1.0}, batch=("whole-episodes",)),
+            "penalty.entropy": Neutral(own={"coef": 0.0}),
+            "aggregate": Neutral(batch=("one-decision",)),
+        },
     )
 )

@@ -12,6 +12,9 @@ entropy`), stopping at a KL (`target_kl`), annealing (`rule.schedule`), the adap
 kl-old-adaptive` with `surrogate ratio`). Not included: recurrent policies.
 """
 
+from math import inf
+
+from polopt.claim import Neutral
 from polopt.method import Update
 from polopt.methods.onpolicy.trpo import TRPO
 from polopt.parts.advantage.gae import GAE
@@ -30,8 +33,10 @@ PPO = register(
         title="Proximal Policy Optimization",
         paper="1707.06347",
         year=2017,
+        card=250,
         doc=__doc__ or "",
         claim="Better than A2C and TRPO on simulated locomotion and Atari at less cost and complexity.",
         builds_on=("a2c", "1506.02438"),
+        neutral={"surrogate": Neutral(own={"low": inf, "high": inf})},
     )
 )

@@ -9,6 +9,7 @@ the value function is regressed on the Monte Carlo return in the same step. Noth
 Not included: an eligibility trace or separate step sizes of policy and value.
 """
 
+from polopt.claim import Neutral
 from polopt.methods.onpolicy.reinforce import REINFORCE
 from polopt.parts.advantage.monte_carlo import MonteCarlo
 from polopt.parts.critic import ValueLoss
@@ -24,5 +25,6 @@ REINFORCE_BASELINE = register(
         year=1992,
         doc=__doc__ or "",
         claim="Learns faster than REINFORCE: same expected gradient, less variance.",
+        neutral={"critic": Neutral(own={"coef": 0.0})},
     )
 )

@@ -10,6 +10,7 @@ from arXiv 1506.02438.
 Single-path sampling. Not included: the vine procedure, Fisher products on a subsample, the theoretical penalty form.
 """
 
+from polopt.claim import Neutral
 from polopt.method import Update
 from polopt.methods.onpolicy.reinforce_baseline import REINFORCE_BASELINE
 from polopt.parts.advantage.gae import GAE
@@ -37,8 +38,14 @@ TRPO = register(
         title="Trust Region Policy Optimization",
         paper="1502.05477",
         year=2015,
+        card=191,
         doc=__doc__ or "",
         claim="Improves nearly monotonically with little tuning.",
         builds_on=("1506.02438",),
+        neutral={
+            "advantage": Neutral(own={"gamma": 1.0, "lam": 1.0, "standardise": False}, batch=("whole-episodes",)),
+            "surrogate": Neutral(batch=("on-policy",), equal="gradient"),
+            "aggregate": Neutral(batch=("one-decision",)),
+        },
     )
 )  # fmt: skip
