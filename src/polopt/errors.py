@@ -18,6 +18,10 @@ class CallError(PoloptError, ValueError):
     exit_code = 2
 
 
+class Misfit(CallError):
+    """A method cannot run on a task: one of its parts needs what the task does not offer."""
+
+
 class MissingStatistic(CallError, KeyError):
     """A statistic that a part needs is not in the batch (never recomputed silently)."""
 

@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 from polopt import objective
 from polopt.batch import Batch, Totals
 from polopt.claim import Floor, Miniature, Neutral
-from polopt.errors import CallError, unknown
+from polopt.errors import CallError, Misfit, unknown
 from polopt.memory import Memory
 from polopt.part import REASONS, Can, Part, Range, check_fields, union
 
@@ -250,12 +250,12 @@ class Method:
                     raise CallError(f"{self.name}: {path} '{part.name}' in update '{u.name}': {problem}")
 
     def refuse_unless(self, offers: Iterable[Can], what: str) -> None:
-        """Raise `CallError` with the reason when a part requires what `what` (a task with its policy) does not offer."""
+        """Raise `Misfit` with the reason when a part requires what `what` (a task with its policy) does not offer."""
         missing = self.requires() - frozenset(offers)
         for path, part in self.parts().items():
             if lacking := sorted(part.requires & missing):
                 need = " and ".join(REASONS.get(c, c.value) for c in lacking)
-                raise CallError(
+                raise Misfit(
                     f"{self.name} cannot run on {what}: its {path} '{part.name}' needs {need}, which {what} does not offer"
                 )
 
