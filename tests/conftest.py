@@ -1,4 +1,4 @@
-"""One thread per process (tests may run side by side), no network, no colours."""
+"""One thread per process (tests may run side by side), no network, no colours; tests of identities can be chosen."""
 
 import os
 
@@ -8,5 +8,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("NO_COLOR", "1")
 
 import torch
+from identities import add_options as pytest_addoption
+from identities import configure as pytest_configure
 
 torch.set_num_threads(1)
+
+__all__ = ["pytest_addoption", "pytest_configure"]

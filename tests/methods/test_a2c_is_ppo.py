@@ -41,6 +41,9 @@ def weights(method: Any, seed: int, **changes: Any) -> list[torch.Tensor]:
     return found
 
 
+@pytest.mark.identity(
+    "ppo", "a2c", "A2C and PPO under its settings have the same weights after each of 300 updates, 3000 steps of CartPole"
+)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_same_weights_after_every_update(seed: int) -> None:
     a2c, ppo = weights(A2C, seed), weights(PPO, seed)
@@ -50,6 +53,7 @@ def test_same_weights_after_every_update(seed: int) -> None:
     assert not torch.equal(a2c[0], a2c[-1])
 
 
+@pytest.mark.identity("ppo", "a2c", "in whole runs, several epochs, lam < 1 or Adam break the equality of A2C and PPO")
 @pytest.mark.parametrize(
     "change", [{"updates.policy.epochs": 4}, {"advantage.lam": 0.95}, {"updates.policy.rule.optimizer": "adam"}]
 )

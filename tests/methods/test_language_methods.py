@@ -19,6 +19,7 @@ from polopt.registry import get_method
 torch.set_num_threads(1)
 
 
+@pytest.mark.identity(LANGUAGE_METHODS, "the loss is the paper's formula, written out over answers and tokens")
 @pytest.mark.parametrize("name", LANGUAGE_METHODS)
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 10_000))
@@ -28,6 +29,7 @@ def test_loss_is_the_papers_formula(name: str, seed: int) -> None:
     assert math.isclose(loss.item(), reference(name, a), rel_tol=1e-10, abs_tol=1e-12)
 
 
+@pytest.mark.identity(LANGUAGE_METHODS, "the gradient is that of the formula, by central differences")
 @pytest.mark.parametrize("name", LANGUAGE_METHODS)
 @settings(max_examples=6, deadline=None)
 @given(seed=st.integers(0, 10_000))
@@ -118,6 +120,7 @@ def some_batch(rewards: list[float], group: list[int], mask: torch.Tensor | None
     return batch, logp
 
 
+@pytest.mark.identity(("grpo", "dr-grpo", "gspo", "cispo"), "groups of equal rewards, and groups of one, teach nothing")
 @pytest.mark.parametrize("name", ["grpo", "dr-grpo", "gspo", "cispo"])
 @pytest.mark.parametrize("group", [[0, 0, 0, 0], [0, 1, 2, 3], [0, 0, 0, 1]])
 def test_equal_rewards_and_groups_of_one_teach_nothing(name: str, group: list[int]) -> None:
@@ -195,6 +198,7 @@ def test_a_missing_group_or_reward_says_what_to_pass(name: str) -> None:
 
 
 # -------------------------------------------------------------------- what each method changed
+@pytest.mark.identity("grpo", "dapo", "at ratio 1 the gradient is the same for any clip bound and for the plain score function")
 def test_at_the_start_of_an_update_clip_variants_have_one_gradient() -> None:
     """r = 1: GRPO without KL, its clip-higher, no clip at all, and the plain score function."""
     from polopt.parts.surrogate.clip import Clip
@@ -226,6 +230,9 @@ def test_each_child_differs_where_it_says() -> None:
         assert float((gradient[name] - gradient["grpo"]).abs().max()) > 1e-3
 
 
+@pytest.mark.identity(
+    "dr-grpo", "the gradient at a token does not depend on the length of other answers; that of a mean over tokens does"
+)
 def test_dr_grpo_does_not_depend_on_the_length_of_other_answers() -> None:
     """Its gradient at a token is A / (G L): lengthening another answer leaves it as it is; GRPO's token mean does not."""
     a = Answers.draw(3)
@@ -246,6 +253,7 @@ def test_dr_grpo_does_not_depend_on_the_length_of_other_answers() -> None:
         assert torch.allclose(grad[0], grad[1]) is same
 
 
+@pytest.mark.identity("rloo", "with the ratio at 1, as in PPO code, the gradient is the same")
 def test_rloo_with_a_ratio_has_the_same_gradient_on_policy() -> None:
     from polopt.parts.surrogate.score import Ratio
 
@@ -259,6 +267,7 @@ def test_rloo_with_a_ratio_has_the_same_gradient_on_policy() -> None:
     torch.testing.assert_close(found[0], found[1], atol=1e-14, rtol=1e-12)
 
 
+@pytest.mark.identity("rloo", "unbiased, by enumeration; with the full group mean the gradient is (k-1)/k of the true one")
 @pytest.mark.parametrize("loo", [True, False])
 def test_rloo_is_unbiased_and_the_full_group_mean_is_not(loo: bool) -> None:
     """All k-tuples of answers of a small softmax policy: the expected gradient is the true one, or (k-1)/k of it."""
@@ -283,6 +292,7 @@ def test_rloo_is_unbiased_and_the_full_group_mean_is_not(loo: bool) -> None:
     torch.testing.assert_close(mean, true if loo else (k - 1) / k * true, atol=1e-12, rtol=1e-10)
 
 
+@pytest.mark.identity("rloo", "lowers the variance exactly when mu^2 > s^2 / (k-1)")
 @pytest.mark.parametrize(("mu", "wins"), [(2.0, True), (0.3, False)])
 def test_rloo_lowers_the_variance_only_above_the_threshold(mu: float, wins: bool) -> None:
     """Rewards independent of the action, mean mu, deviation 1, k = 2: RLOO wins exactly when |mu| > 1."""

@@ -105,6 +105,9 @@ def ppo_as_a2c(**changes: Any) -> Method:
     return get_method("ppo").but("ppo-as-a2c", **{**same, **changes})
 
 
+@pytest.mark.identity(
+    "ppo", "a2c", "one epoch on the whole batch is A2C, for any clip bound; clip fraction and KL are 0 at the start"
+)
 @pytest.mark.parametrize("eps", [0.01, 0.2, 0.9])
 def test_a2c_is_ppo_with_one_epoch(eps: float) -> None:
     a2c, ppo = train(get_method("a2c"), 30), train(ppo_as_a2c(surrogate=Clip(eps, eps)), 30)
@@ -113,6 +116,7 @@ def test_a2c_is_ppo_with_one_epoch(eps: float) -> None:
     assert float((a2c[-1] - a2c[0]).abs().max()) > 1e-4
 
 
+@pytest.mark.identity("a2c", "ppo", "a second epoch, lam < 1, standardised advantages or Adam break the equality of A2C and PPO")
 @pytest.mark.parametrize(
     "change", [{"epochs": 2}, {"advantage": GAE(0.99, 0.95)}, {"advantage": GAE(0.99, 1.0, standardise=True)}, {"rule": Descend()}]
 )
@@ -121,6 +125,7 @@ def test_any_other_setting_breaks_the_equality(change: dict[str, Any]) -> None:
     assert float((a2c[0] - ppo[0]).abs().max()) > 1e-6
 
 
+@pytest.mark.identity("ppo", "a2c", "at ratio 1 the gradient is A2C's, for any clip bound and either sign of A")
 @pytest.mark.parametrize("eps", [0.05, 0.5])
 def test_gradient_of_ppo_at_ratio_one_is_that_of_a2c(eps: float) -> None:
     grad = []
@@ -132,6 +137,7 @@ def test_gradient_of_ppo_at_ratio_one_is_that_of_a2c(eps: float) -> None:
     torch.testing.assert_close(grad[0], grad[1], atol=1e-14, rtol=1e-12)
 
 
+@pytest.mark.identity("a2c", "the loss is mean(-A log pi) + 0.5 mse(R, V)")
 def test_a2c_loss_is_that_of_stable_baselines() -> None:
     """mean(-A log pi) + 0.5 mse(return, value), no entropy term."""
     net = ActorCritic()
@@ -144,6 +150,7 @@ def test_a2c_loss_is_that_of_stable_baselines() -> None:
 
 
 # -------------------------------------------------------------------- A3C
+@pytest.mark.identity("a3c", "zero advantage leaves the gradient of the entropy alone")
 def test_zero_advantage_leaves_only_the_entropy_gradient() -> None:
     net = ActorCritic()
     batch = batch_of(net, collect(net, 0))
@@ -156,6 +163,7 @@ def test_zero_advantage_leaves_only_the_entropy_gradient() -> None:
         torch.testing.assert_close(g, p.grad, atol=1e-14, rtol=1e-12)
 
 
+@pytest.mark.identity("a3c", "a2c", "the gradients of W workers average to that of one batch of W environments")
 def test_workers_average_to_the_batch_of_their_environments() -> None:
     net = ActorCritic()
     method, data = get_method("a3c"), collect(net, 4)
@@ -169,6 +177,7 @@ def test_workers_average_to_the_batch_of_their_environments() -> None:
         torch.testing.assert_close(g, p.grad, atol=1e-13, rtol=1e-12)
 
 
+@pytest.mark.identity("a3c", "reinforce-baseline", "on whole episodes the n-step advantage is that of REINFORCE with baseline")
 def test_a3c_on_whole_episodes_is_reinforce_with_baseline() -> None:
     """Fragments that end with the episode: no bootstrap is left in the n-step return."""
     net = ActorCritic()
@@ -181,6 +190,7 @@ def test_a3c_on_whole_episodes_is_reinforce_with_baseline() -> None:
     torch.testing.assert_close(get_method("a3c").advantages(batch), mc.advantages(batch), atol=1e-13, rtol=1e-12)
 
 
+@pytest.mark.identity("a3c", "a2c", "ppo", "reinforce-baseline", "no gradient flows through advantage or return")
 def test_nothing_flows_through_advantage_or_return() -> None:
     value = torch.zeros(1, 3, requires_grad=True)
     batch = Batch.of(logp=torch.zeros(1, 3), value=value, reward=torch.ones(1, 3), entropy=torch.zeros(1, 3))
@@ -214,6 +224,11 @@ def two_step_gradient(method: Method, baseline: Tensor) -> tuple[Tensor, Tensor]
     return expected, -torch.autograd.grad(value, theta)[0]
 
 
+@pytest.mark.identity(
+    "reinforce",
+    "reinforce-baseline",
+    "the expected gradient is that of the expected return, by enumeration, with any baseline of the state",
+)
 @pytest.mark.parametrize("advantage", [MonteCarlo(), MonteCarlo(credit="whole"), MonteCarlo(baseline="value")])
 def test_reinforce_is_unbiased(advantage: Part) -> None:
     """With any baseline of the state; with returns from each decision on, or of the whole episode."""
@@ -223,6 +238,7 @@ def test_reinforce_is_unbiased(advantage: Part) -> None:
 
 
 # -------------------------------------------------------------------- TRPO
+@pytest.mark.identity("trpo", "policy and value have losses and updates of their own")
 def test_trpo_updates_policy_and_value_apart() -> None:
     method, net = get_method("trpo"), ActorCritic()
     batch = batch_of(net, collect(net, 2))

@@ -28,6 +28,7 @@ def test_estimate_is_unbiased_and_not_negative() -> None:
     assert math.isclose(float((old.exp() * loss[0]).sum()), 2.0 * kl, abs_tol=1e-12)
 
 
+@pytest.mark.identity("ppo", "the adaptive penalty halves and doubles its weight around the target")
 @pytest.mark.parametrize(("shift", "factor"), [(0.0, 0.5), (0.1, 0.5), (0.12, 1.0), (0.16, 1.0), (0.18, 2.0), (2.0, 2.0)])
 def test_the_weight_follows_the_target(shift: float, factor: float) -> None:
     """Target 0.01: the estimate is about shift^2 / 2, and 0.18 gives 0.0172 > 0.015."""

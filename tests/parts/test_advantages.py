@@ -60,6 +60,10 @@ def chains(batch: Batch) -> list[list[tuple[int, list[int], bool]]]:
     return out
 
 
+@pytest.mark.identity("ppo", "trpo", "ppo-lm", "GAE is the sum of (gamma lam)^l delta_l up to the end of the episode or fragment")
+@pytest.mark.identity(
+    "a3c", "a2c", "R_t = r_t + gamma R_{t+1}, started from the value at the end of the fragment, 0 at a termination"
+)
 @settings(max_examples=80, deadline=None)
 @given(seed=st.integers(0, 10_000), gamma=st.sampled_from([0.0, 0.9, 1.0]), lam=st.sampled_from([0.0, 0.5, 0.95, 1.0]))
 def test_gae_and_n_step_are_sums_along_the_walk(seed: int, gamma: float, lam: float) -> None:
@@ -79,6 +83,7 @@ def test_gae_and_n_step_are_sums_along_the_walk(seed: int, gamma: float, lam: fl
     np.testing.assert_allclose(NStep(gamma)(batch).numpy(), (returns - v) * mask, atol=1e-12)
 
 
+@pytest.mark.identity("ppo", "a2c", "GAE with lam = 1 is the n-step advantage")
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 10_000))
 def test_gae_with_lambda_one_is_n_step_where_next_values_are_consistent(seed: int) -> None:
@@ -105,6 +110,7 @@ def test_gae_worked_by_hand() -> None:
     assert GAE(0.5, 0.5)(batch).tolist() == [[1 + 0.25 * 2.5, 2 + 0.25 * 2, 2.0]]
 
 
+@pytest.mark.identity("ppo", "a3c", "reinforce", "nothing is learned across the end of an episode")
 def test_nothing_is_learned_across_an_end() -> None:
     batch = control_batch(3)
     ended = Batch.of(
@@ -171,6 +177,7 @@ def test_standardise_edges() -> None:
 
 
 # -------------------------------------------------------------------- Monte Carlo
+@pytest.mark.identity("reinforce", "reinforce-baseline", "returns count from each decision on, minus V with the baseline")
 def test_returns_to_go_and_whole_return() -> None:
     batch = Batch.of(reward=torch.tensor([[1.0, 2.0, 4.0]]), stats={"value@old": torch.tensor([[1.0, 1.0, 1.0]])})
     assert MonteCarlo(gamma=0.5)(batch).tolist() == [[3.0, 4.0, 4.0]]
@@ -179,6 +186,7 @@ def test_returns_to_go_and_whole_return() -> None:
     assert MonteCarlo(gamma=0.5, baseline="value").returns(batch).tolist() == [[3.0, 4.0, 4.0]]
 
 
+@pytest.mark.identity("reinforce", "the outcome of an answer is the return of each of its tokens")
 def test_text_outcome_reaches_every_token() -> None:
     batch = Batch.of(reward=torch.tensor([2.0, 3.0]), mask=torch.tensor([[1, 1, 1], [1, 1, 0]]))
     assert MonteCarlo()(batch).tolist() == [[2.0, 2.0, 2.0], [3.0, 3.0, 0.0]]
@@ -202,6 +210,7 @@ def outcomes(rewards: list[float], group: list[int], mask: list[list[int]] | Non
     )  # fmt: skip
 
 
+@pytest.mark.identity("grpo", "gspo", "cispo", "dapo", "(R - mean) / (std + eps) within the group of a prompt")
 def test_group_worked_by_hand_with_unequal_groups() -> None:
     batch = outcomes([0.0, 1.0, 5.0, 2.0, 2.0, 8.0], [4, 4, 1, 1, 1, 9])
     adv = GroupBaseline(eps=0.0)(batch)[:, 0]
@@ -214,6 +223,7 @@ def test_group_worked_by_hand_with_unequal_groups() -> None:
     np.testing.assert_allclose(population.numpy(), [-1.0, 1.0], atol=1e-12)
 
 
+@pytest.mark.identity("rloo", "grpo", "dr-grpo", "equal rewards give advantages of exactly 0")
 @pytest.mark.parametrize("value", [0.1, 1 / 3, 1e6 + 0.1, 0.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_equal_rewards_and_groups_of_one_give_exactly_zero(value: float, dtype: torch.dtype) -> None:
@@ -224,6 +234,9 @@ def test_equal_rewards_and_groups_of_one_give_exactly_zero(value: float, dtype: 
             assert bool((part(batch) == 0).all()), (centre, scale)
 
 
+@pytest.mark.identity(
+    "rloo", "A_i = k/(k-1) (R_i - mean R); sum of A_i = 0; k = 2 gives R_1 - R_2; a common shift of R changes nothing"
+)
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 1000), k=st.integers(2, 6))
 def test_leave_one_out_is_the_scaled_centred_reward(seed: int, k: int) -> None:

@@ -53,6 +53,9 @@ def slope(part: Part, ratio: float, advantage: float) -> tuple[float, float]:
 
 
 # -------------------------------------------------------------------- the clip
+@pytest.mark.identity(
+    "ppo", "grpo", "dapo", "the clip cuts the gradient where A > 0, r > 1 + eps or A < 0, r < 1 - eps, and keeps it elsewhere"
+)
 @pytest.mark.parametrize(
     ("ratio", "advantage", "loss", "gradient"),
     [
@@ -69,6 +72,7 @@ def test_clip_worked_numbers(ratio: float, advantage: float, loss: float, gradie
     assert np.allclose(found, (loss, gradient), atol=1e-12)
 
 
+@pytest.mark.identity("ppo", "the clipped surrogate never exceeds the plain one; with bounds at infinity they are equal")
 @settings(max_examples=100, deadline=None)
 @given(
     ratio=st.floats(0.05, 8), advantage=st.floats(-3, 3), low=st.floats(0, 1), high=st.floats(0, 2),
@@ -132,6 +136,7 @@ def test_extreme_log_ratios_stay_finite() -> None:
 
 
 # -------------------------------------------------------------------- other surrogates
+@pytest.mark.identity("ppo", "trpo", "gspo", "cispo", "at ratio 1 the gradient of a decision is -A, that of the score function")
 def test_at_the_old_policy_every_surrogate_has_the_policy_gradient() -> None:
     """r = 1: the gradient of each surrogate in logp is -A (GSPO: the row's mean of A, spread over the row)."""
     for advantage in (0.7, -1.3):
@@ -139,6 +144,7 @@ def test_at_the_old_policy_every_surrogate_has_the_policy_gradient() -> None:
             assert math.isclose(slope(part, 1.0, advantage)[1], -advantage, abs_tol=1e-12), part
 
 
+@pytest.mark.identity("cispo", "no decision loses its gradient: it is the capped ratio times A")
 def test_capped_weight_keeps_every_gradient() -> None:
     loss, gradient = slope(CappedWeight(cap=2.0), 5.0, 3.0)
     assert math.isclose(gradient, -2.0 * 3.0)
@@ -146,6 +152,7 @@ def test_capped_weight_keeps_every_gradient() -> None:
     assert math.isclose(slope(CappedWeight(cap=2.0), 0.1, 3.0)[1], -0.1 * 3.0)
 
 
+@pytest.mark.identity("gspo", "the ratio of an answer is the geometric mean of its tokens' ratios")
 def test_sequence_ratio_is_the_geometric_mean_of_valid_decisions() -> None:
     batch, logp = at_ratios([[2.0, 0.5, 8.0], [1.1, 1.1, 1.1]], mask=[[1, 1, 0], [1, 1, 1]])
     advantage = torch.ones(2, 3, dtype=torch.float64)
@@ -157,6 +164,7 @@ def test_sequence_ratio_is_the_geometric_mean_of_valid_decisions() -> None:
     np.testing.assert_allclose(logp.grad[0].numpy(), [-0.5, -0.5, 0.0])
 
 
+@pytest.mark.identity("gspo", "on answers of one token it is the token clip")
 def test_sequence_clip_on_single_decisions_is_the_clip() -> None:
     ratios = [[0.5], [0.9], [1.0], [1.3], [4.0]]
     advantage = torch.tensor([[1.0], [-1.0], [2.0], [-2.0], [1.0]], dtype=torch.float64)
@@ -193,6 +201,7 @@ def test_wrong_shapes_are_refused_by_name() -> None:
 
 
 # -------------------------------------------------------------------- penalties and critic
+@pytest.mark.identity("grpo", "the KL estimators k1, k2, k3 and the gradient of k3")
 def test_kl_estimators() -> None:
     logp = torch.tensor([[-1.0, -2.0]], dtype=torch.float64, requires_grad=True)
     ref = torch.tensor([[-1.5, -1.0]], dtype=torch.float64)
@@ -206,6 +215,7 @@ def test_kl_estimators() -> None:
     np.testing.assert_allclose(logp.grad.numpy(), 1 - np.exp(d), atol=1e-12)
 
 
+@pytest.mark.identity("grpo", "k3 is an unbiased estimate of KL(pi || ref) and never negative")
 def test_k1_and_k3_are_unbiased_and_k3_is_not_negative() -> None:
     """Enumerated over a small distribution: sum p k1 = sum p k3 = KL(p || q)."""
     g = torch.Generator().manual_seed(0)
@@ -222,6 +232,7 @@ def test_entropy_bonus_is_rewarded() -> None:
     assert run(EntropyBonus(0.5), batch).tolist() == [[-1.0, -0.5]]
 
 
+@pytest.mark.identity("ppo-lm", "the larger of the plain and the clipped squared error of the value")
 def test_value_loss_plain_and_clipped() -> None:
     value = torch.tensor([[1.0, 3.0, 0.0]], requires_grad=True)
     batch = Batch.of(
@@ -267,6 +278,7 @@ def by_rows(name: str, rows: list[list[float]], length: int) -> float:
     }[name]
 
 
+@pytest.mark.identity("dr-grpo", "dapo", "grpo", "rloo", "how decisions add up: per token, per answer, per constant length")
 @settings(max_examples=50, deadline=None)
 @given(seed=st.integers(0, 1000), part=st.sampled_from(AGGREGATES), p=st.sampled_from([0.0, 0.2, 0.6, 1.0]))
 def test_aggregates_are_what_they_say_and_add_up(seed: int, part: Part, p: float) -> None:

@@ -75,6 +75,7 @@ def dense_fisher(problem: SoftmaxProblem) -> Tensor:
     return out
 
 
+@pytest.mark.identity("trpo", "Fisher-vector products are those of the dense Hessian of the KL")
 def test_fisher_product_is_that_of_the_dense_matrix() -> None:
     problem = SoftmaxProblem()
     product, dense = fisher_product(problem.kl(), problem.parameters), dense_fisher(problem)
@@ -83,6 +84,7 @@ def test_fisher_product_is_that_of_the_dense_matrix() -> None:
         torch.testing.assert_close(product(v), dense @ v, atol=1e-12, rtol=1e-10)
 
 
+@pytest.mark.identity("trpo", "conjugate gradients solve symmetric positive systems to 1e-8")
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 1000), n=st.integers(1, 8))
 def test_conjugate_gradients_solve_symmetric_systems(seed: int, n: int) -> None:
@@ -95,6 +97,7 @@ def test_conjugate_gradients_solve_symmetric_systems(seed: int, n: int) -> None:
     torch.testing.assert_close(small, 1e-15 * x, rtol=1e-6, atol=1e-26)
 
 
+@pytest.mark.identity("trpo", "an accepted step improves the surrogate and keeps KL <= delta")
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 1000), delta=st.sampled_from([1e-4, 0.01, 0.3]), scale=st.sampled_from([1e-6, 1.0, 1e4]))
 def test_an_accepted_step_improves_within_the_trust_region(seed: int, delta: float, scale: float) -> None:
@@ -112,6 +115,7 @@ def test_an_accepted_step_improves_within_the_trust_region(seed: int, delta: flo
         assert torch.equal(problem.flat(), start)
 
 
+@pytest.mark.identity("trpo", "the full step is the natural gradient with s F s / 2 = delta, the quadratic model of the KL")
 def test_full_step_is_the_natural_gradient_on_the_boundary() -> None:
     """Before the line search, direction F^-1 g and half its quadratic form equal to delta."""
     problem = SoftmaxProblem(1)
@@ -132,6 +136,7 @@ def test_full_step_is_the_natural_gradient_on_the_boundary() -> None:
     assert math.isclose(float(report["improvement"]), expected * float(report["accepted_step"]), rel_tol=0.05)
 
 
+@pytest.mark.identity("trpo", "the step does not change with a common constant in the logits")
 def test_the_step_does_not_depend_on_a_common_constant_in_the_logits() -> None:
     a, b = SoftmaxProblem(2), SoftmaxProblem(2)
     with torch.no_grad():

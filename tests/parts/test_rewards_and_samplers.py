@@ -24,6 +24,7 @@ torch.set_num_threads(1)
 
 
 # -------------------------------------------------------------------- rewards
+@pytest.mark.identity("dapo", "the soft punishment of long answers, in numbers")
 def test_soft_overlong_worked_numbers() -> None:
     """Limit 10, cache 4: lengths 6, 7, 8 and 10 get 0, -1/4, -1/2 and -1."""
     lengths = [6, 7, 8, 10, 0]
@@ -54,6 +55,7 @@ def test_soft_overlong_does_not_depend_on_padding_and_keeps_channels() -> None:
     assert torch.equal(SoftOverlong(cache=1.0)(batch.pad(6))[:, :3], shaped)
 
 
+@pytest.mark.identity("rloo", "ppo-lm", "the KL in the reward per token and per answer adds up to the same")
 def test_kl_in_reward_per_token_and_per_sequence() -> None:
     old = torch.tensor([[-1.0, -2.0, -3.0]], dtype=torch.float64)
     ref = torch.tensor([[-1.5, -1.0, -9.0]], dtype=torch.float64)
@@ -67,6 +69,7 @@ def test_kl_in_reward_per_token_and_per_sequence() -> None:
         KLInReward()(Batch.of(logp_old=old, reward=torch.tensor([1.0])))
 
 
+@pytest.mark.identity("rloo", "ppo-lm", "no gradient flows through the KL in the reward")
 def test_kl_in_reward_is_without_gradient() -> None:
     old = torch.zeros(1, 2, requires_grad=True)
     batch = Batch.of(logp_old=old, logp_ref=torch.ones(1, 2), reward=torch.tensor([1.0]))
@@ -106,6 +109,7 @@ def test_fresh_asks_once() -> None:
     assert Fresh(group_size=2).requires == {Can.GROUPS}
 
 
+@pytest.mark.identity("dapo", "groups whose outcomes are all equal are replaced by fresh ones")
 def test_dynamic_sampling_replaces_groups_without_signal() -> None:
     """Every third prompt has mixed outcomes: what is missing is asked for again."""
     batches, asked = drive(DynamicSampling(group_size=4), 3, lambda item, i: float(i % 2) if item % 3 == 0 else 1.0)
