@@ -20,7 +20,7 @@ Pearson 1934 for the binomial interval; Holm 1979, "A simple sequentially reject
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -113,7 +113,7 @@ def interval(
     # A resample's spread is divided by n, not by n - 1, which narrows it; where seeds are cut off, losing them in resamples widens
     # it by as much.
     trimmed = strata == 1 and int(TRIM * seeds) > 0
-    quantile = float(scipy.stats.t.isf((1 - level) / 2, freedom)) * (1.0 if trimmed else np.sqrt(seeds / (seeds - 1)))
+    quantile = _student(freedom, level) * (1.0 if trimmed else np.sqrt(seeds / (seeds - 1)))
     if freedom >= ENOUGH:
         return _quantile_pair(drawn, float(scipy.stats.norm.sf(quantile)))
     half = quantile * drawn.std(0, ddof=1)
@@ -124,7 +124,8 @@ def interval(
 def estimate(scores: Float[np.ndarray, "*strata N"], level: float = LEVEL, draws: int = DRAWS) -> Estimate:
     """IQM of scores over seeds [N] or strata and seeds [M, N] with its interval.
 
-    One seed: no interval. All equal within strata: an interval without width, marked `constant`. Raises ValueError if a score is not finite.
+    One seed: no interval. All equal within strata: an interval without width, marked `constant`. Raises ValueError if a score is
+    not finite.
     """
     table = np.atleast_2d(np.asarray(scores, dtype=np.float64))
     _check(table)
@@ -152,8 +153,9 @@ def band(
 def difference(a: Seeds, b: Seeds, level: float = LEVEL) -> Estimate:
     """Mean of a − b over pairs (the same seed in both) with Student's interval, and p of no difference.
 
-    One pair: no interval and no p. Two pairs: an interval with one degree of freedom, very wide; none if they are equal. Three or more equal
-    differences: an interval without width, p = 0 (or 1 if all are 0). Raises ValueError for unequal lengths or scores that are not finite.
+    One pair: no interval and no p. Two pairs: an interval with one degree of freedom, very wide; none if they are equal. Three or
+    more equal differences: an interval without width, p = 0 (or 1 if all are 0). Raises ValueError for unequal lengths or scores
+    that are not finite.
     """
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if a.shape != b.shape or a.ndim != 1 or not a.size:
@@ -170,16 +172,31 @@ def difference(a: Seeds, b: Seeds, level: float = LEVEL) -> Estimate:
         if n == 2 and value:
             return Estimate(value, None, None, n=2, level=level)
         return Estimate(value, value, value, 0.0 if value else 1.0, n, level, constant=True)
-    test = scipy.stats.ttest_1samp(gaps, 0.0)
-    bounds = test.confidence_interval(level)
-    return Estimate(value, float(bounds.low), float(bounds.high), float(test.pvalue), n, level)
+    error = float(gaps.std(ddof=1)) / np.sqrt(n)
+    p = 2 * float(scipy.special.stdtr(n - 1, -abs(value) / error))
+    half = error * _student(n - 1, level)
+    return Estimate(value, value - half, value + half, p, n, level)
 
 
-def at_level(a: Seeds, b: Seeds, known: Estimate, level: float) -> Estimate:
-    """`difference` at another level; nothing is computed where the level is the same or there is no interval."""
-    if known.low is None or known.constant or level == known.level:
-        return Estimate(known.value, known.low, known.high, known.p, known.n, level, known.constant)
-    return difference(a, b, level)
+def at_level(known: Estimate, level: float) -> Estimate:
+    """A difference with its interval at another level."""
+    if known.low is None or known.high is None or known.constant:
+        return replace(known, level=level)
+    half = (known.high - known.low) / 2 * _student(known.n - 1, level) / _student(known.n - 1, known.level)
+    return replace(known, low=known.value - half, high=known.value + half, level=level)
+
+
+@lru_cache(maxsize=4096)
+def _student(freedom: int, level: float) -> float:
+    """Half width of Student's two-sided interval in standard errors."""
+    return float(scipy.stats.t.isf((1 - level) / 2, freedom))
+
+
+@lru_cache(maxsize=4096)
+def _binomial(k: int, n: int, level: float) -> tuple[float, float]:
+    """Exact interval of a probability after k of n."""
+    bounds = scipy.stats.binomtest(k, n).proportion_ci(level, "exact")
+    return float(bounds.low), float(bounds.high)
 
 
 def improvement(a: Seeds, b: Seeds, *, higher_is_better: bool = True, level: float = LEVEL) -> Estimate:
@@ -196,9 +213,8 @@ def improvement(a: Seeds, b: Seeds, *, higher_is_better: bool = True, level: flo
     _check(b)
     n = a.size
     wins, ties = int(((a > b) if higher_is_better else (a < b)).sum()), int((a == b).sum())
-    low = scipy.stats.binomtest(wins, n).proportion_ci(level, "exact").low
-    high = scipy.stats.binomtest(wins + ties, n).proportion_ci(level, "exact").high
-    return Estimate((wins + ties / 2) / n, float(low), float(high), n=n, level=level)
+    low, high = _binomial(wins, n, level)[0], _binomial(wins + ties, n, level)[1]
+    return Estimate((wins + ties / 2) / n, low, high, n=n, level=level)
 
 
 def area(spent: Seeds, score: Seeds, start: float, stop: float) -> float:
@@ -228,8 +244,8 @@ def reached(x: Seeds, score: Seeds, target: float, *, higher_is_better: bool = T
 def holm(p: Float[np.ndarray, " K"], level: float = LEVEL) -> tuple[Float[np.ndarray, " K"], Float[np.ndarray, " K"]]:
     """Holm's adjusted p, and the confidence level at which each hypothesis was tested.
 
-    The k-th smallest p is compared with α / (K − k + 1); the first one that fails stops the procedure, and all further ones share its step.
-    So an interval at the returned level excludes 0 exactly where the hypothesis is rejected.
+    The k-th smallest p is compared with α / (K − k + 1); the first one that fails stops the procedure, and all further ones share
+    its step. So an interval at the returned level excludes 0 exactly where the hypothesis is rejected.
     """
     count = p.size
     order = np.argsort(p, kind="stable")
