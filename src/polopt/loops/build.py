@@ -14,6 +14,7 @@ from polopt.settings import Settings
 DOMAINS = {
     "control": ("polopt.policies.mlp", "polopt.collect.vector"),
     "text": ("polopt.policies.lm", "polopt.collect.text"),
+    "table": ("polopt.policies.table", "polopt.collect.table"),
 }
 
 

@@ -1,4 +1,4 @@
-"""Tasks by name: `gym:<id>`, `text:<name>`, `data:<path or id>`, installed packages' own, and `file.py:NAME` of the user."""
+"""Tasks by name: `gym:<id>`, `text:<name>`, `data:<path or id>`, `table:<name>`, those of packages, and a user's `file.py:NAME`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ FAMILIES = {
     "gym": ("polopt.tasks.gym", "GymTask", "any Gymnasium environment, e.g. gym:CartPole-v1"),
     "text": ("polopt.tasks.text", "TextTask", "any reasoning-gym task, e.g. text:spell_backward"),
     "data": ("polopt.tasks.data", "DataTask", "a JSONL or Parquet file or data set id with prompts, e.g. data:questions.jsonl"),
+    "table": ("polopt.tasks.table", "TableTask", "an exact little world: arms, tree, bank, lengths or style, e.g. table:tree"),
 }
 
 
