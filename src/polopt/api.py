@@ -38,8 +38,10 @@ def explain(which: str | Method) -> str:
 
 
 def diff(a: str | Method, b: str | Method) -> str:
-    """Every setting in which two methods differ, and how many are equal."""
-    return catalogue.diff(_method(a), _method(b))
+    """Every setting in which two methods differ, and the proof that nothing else does (see `polopt.evidence.proof`)."""
+    from polopt.evidence.proof.difference import difference
+
+    return difference(_method(a), _method(b)).text()
 
 
 def _method(which: str | Method) -> Method:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import NoReturn
 
+from polopt.cli.words import TAKING, split_settings
 from polopt.errors import CallError, PoloptError
 
 #: command -> (module, function, what it does)
@@ -15,9 +16,10 @@ COMMANDS = {
     "train": ("polopt.cli.train", "train", "train a method on a task"),
     "resume": ("polopt.cli.train", "resume", "continue a run from its last checkpoint"),
     "eval": ("polopt.cli.train", "evaluate", "score a run's policy on held-out seeds or prompts"),
+    "compare": ("polopt.cli.compare", "compare", "compare methods on a task at equal budget, with intervals"),
     "report": ("polopt.cli.show", "report", "write a self-contained HTML page about a run"),
     "explain": ("polopt.cli.show", "explain", "a method in words: chain, equations, settings, papers"),
-    "diff": ("polopt.cli.show", "diff", "every setting in which two methods differ"),
+    "diff": ("polopt.cli.show", "diff", "every setting in which two methods differ, and the proof that nothing else does"),
     "methods": ("polopt.cli.show", "methods", "list the methods"),
     "tasks": ("polopt.cli.show", "tasks", "list the tasks"),
     "parts": ("polopt.cli.show", "parts", "list the parts that fit a slot"),
@@ -39,6 +41,8 @@ class Parser(argparse.ArgumentParser):
 
 def build_parser() -> Parser:
     """The parser of everything but nested settings (see `polopt.cli.words`)."""
+    from polopt.cli.compare import arguments as compare_arguments
+
     parser = Parser(prog="polopt", description="Policy optimization as small parts that combine.", allow_abbrev=False)
     parser.add_argument("--version", action="store_true", help="show the version and end")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands", parser_class=Parser)
@@ -48,6 +52,7 @@ def build_parser() -> Parser:
     for sub in subs.values():
         sub.add_argument("--debug", action="store_true", help="show tracebacks")
     train_arguments(subs["train"])
+    compare_arguments(subs["compare"])
     sub = subs["resume"]
     sub.add_argument("run", metavar="RUN", help="a run's folder")
     sub.add_argument("--budget", help="a new total budget, e.g. 400k-decisions")
@@ -64,6 +69,7 @@ def build_parser() -> Parser:
     subs["explain"].add_argument("method", metavar="METHOD", help="a name, or file.py:NAME")
     subs["diff"].add_argument("a", metavar="A", help="a method")
     subs["diff"].add_argument("b", metavar="B", help="another one")
+    subs["diff"].add_argument("--json", action="store_true", help="settings and proof as JSON")
     subs["methods"].add_argument("--json", action="store_true", help="as JSON, with every setting")
     subs["tasks"].add_argument("name", nargs="?", metavar="TASK", help="show the options of this task")
     subs["parts"].add_argument("kind", nargs="?", metavar="SLOT", help="one slot, e.g. surrogate")
@@ -119,8 +125,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(words: list[str]) -> int:
-    from polopt.cli.words import split_settings
-
     parser = build_parser()
     words, settings = split_settings(words)
     if words[:1] == ["train"] and ("-h" in words or "--help" in words) and sum(not w.startswith("-") for w in words) >= 3:
@@ -137,7 +141,7 @@ def _dispatch(words: list[str]) -> int:
         return 0
     module, name, _ = COMMANDS[parsed.command]
     run: Callable[..., int] = getattr(import_module(module), name)
-    return run(parsed, settings) if parsed.command == "train" else run(parsed)
+    return run(parsed, settings) if parsed.command in TAKING else run(parsed)
 
 
 def _traceback_hint(error: BaseException) -> str:

@@ -19,11 +19,13 @@ def explain(args: argparse.Namespace) -> int:
 
 
 def diff(args: argparse.Namespace) -> int:
-    """`polopt diff A B`."""
+    """`polopt diff A B [--json]`; status 1 if a proof that nothing else differs fails."""
     from polopt import api
+    from polopt.evidence.proof.difference import difference
 
-    print(api.diff(args.a, args.b))
-    return 0
+    found = difference(api.method(args.a), api.method(args.b))
+    print(json.dumps(found.json(), indent=2) if args.json else found.text())
+    return 0 if found.holds else 1
 
 
 def methods(args: argparse.Namespace) -> int:
