@@ -121,8 +121,8 @@ class Executor:
         return self.update.epochs * -(-units // self.size(units))
 
     def single_step(self, units: int) -> bool:
-        """Whether the start of the update and the only gradient step coincide."""
-        return self.steps_per_batch(units) == 1
+        """Whether the start of the update and the only gradient step coincide; a rule that searches also looks beyond its start."""
+        return self.steps_per_batch(units) == 1 and not self.update.rule.host
 
     def prepare(self, batch: Batch, advantage: Tensor | None) -> tuple[Batch, Tensor | None]:
         """Rows for minibatches: single decisions where the policy and all parts allow it."""

@@ -36,7 +36,7 @@ def _of(method: Method, update: Update) -> dict[str, Any]:
         chosen["rule.lr"] = 0.05
         if str(getattr(rule, "optimizer", "")).startswith("rmsprop"):
             # a mean square that starts from 1 and far exceeds these gradients must be forgotten quickly
-            chosen |= {"rule.lr": 0.1, "rule.alpha": 0.9}
+            chosen |= {"rule.lr": 0.5, "rule.alpha": 0.9}
     if hasattr(rule, "damping"):  # the Fisher matrix of a table has small entries: those of rarely visited nodes
         chosen |= {"rule.damping": 1e-4, "rule.delta": 0.02}
     return chosen
