@@ -16,6 +16,7 @@ from polopt.run import RunFolder
 
 if TYPE_CHECKING:
     from polopt.interfaces import Observer, Policy, Task
+    from polopt.evidence.compare.run import Compared
     from polopt.loops.drive import Run
 
 Which = Literal["best", "last"]
@@ -133,6 +134,51 @@ def _default_observers(folder: RunFolder | None, quiet: bool) -> list[Observer]:
     return default_observers(folder.path, quiet=quiet)
 
 
+# -------------------------------------------------------------------- comparing
+def compare(
+    contestants: Sequence[Any] | Mapping[str, Any],
+    task: str | Task,
+    *,
+    budget: str,
+    seeds: int | str | Sequence[int] = 5,
+    out: str | Path | None = None,
+    jobs: int | None = None,
+    baseline: str | None = None,
+    metric: str = "eval_score",
+    lower_is_better: bool = False,
+    points: int = 10,
+    episodes: int | None = None,
+    tune: int = 0,
+    tune_seeds: int = 2,
+    search: Sequence[str] = (),
+    external: Mapping[str, str] | Sequence[str] = (),
+    timeout: float | None = None,
+    page: bool = True,
+    quiet: bool = True,
+    overrides: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> Compared:
+    """Compare methods on a task at equal budget and with paired seeds, as `polopt compare` does.
+
+    contestants: words ("ppo", "mine=ppo,epochs=4"), `Method` values or (method, {setting: value}), or a mapping of names to these.
+    seeds: how many, or which. out: the folder (default: runs/compare-<contestants>-<task>); what is finished there is used, what
+    was interrupted goes on. jobs: runs side by side (default: as many as there are cores; 1 on an accelerator). points:
+    evaluations, spread evenly over the budget; episodes: per evaluation. tune: settings to try for each contestant alike, on
+    `tune_seeds` other seeds; search: what is varied. external: commands of other programs by name. timeout: seconds without new
+    metrics after which a run is given up. page: write the HTML page. Settings for all contestants go into `overrides` by dotted
+    path, or are keywords with `__` for each dot: `compare(["ppo", "a2c"], "gym:CartPole-v1", budget="50k-decisions", collect__envs=4)`.
+
+    Raises `CallError` for what cannot work, before anything runs. Ctrl-C saves all runs and returns.
+    """
+    from polopt.evidence.compare.run import compare
+
+    return compare(
+        contestants, task, budget=budget, seeds=seeds, out=out, jobs=jobs, baseline=baseline, metric=metric,
+        lower_is_better=lower_is_better, points=points, episodes=episodes, tune=tune, tune_seeds=tune_seeds, search=search,
+        external=external, timeout=timeout, page=page, quiet=quiet, overrides=overrides, **settings,
+    )  # fmt: skip
+
+
 # -------------------------------------------------------------------- runs on disk
 def load(
     run: str | Path, which: Which = "best", *, device: str | None = None, method: Method | None = None, task: Task | None = None
@@ -175,4 +221,4 @@ def _which(which: str) -> str:
     return which
 
 
-__all__ = ["diff", "evaluate", "explain", "launch", "load", "method", "methods", "resume", "train"]
+__all__ = ["compare", "diff", "evaluate", "explain", "launch", "load", "method", "methods", "resume", "train"]

@@ -16,23 +16,38 @@ OWN = {
     "-h": False,
 }
 
+#: The same for `compare`.
+COMPARE = {
+    **dict.fromkeys(
+        (
+            "--task", "--budget", "--seeds", "--out", "--jobs", "--baseline", "--metric", "--points", "--episodes", "--external",
+            "--tune", "--tune-seeds", "--search", "--timeout",
+        ),
+        True,
+    ),
+    **dict.fromkeys(("--lower-is-better", "--quiet", "--debug", "--help", "-h"), False),
+}  # fmt: skip
+#: Commands that take settings besides their own options.
+TAKING = {"train": OWN, "compare": COMPARE}
+
 
 def split_settings(words: list[str]) -> tuple[list[str], dict[str, str]]:
-    """Separate the settings of `polopt train ...` from the words that argparse reads.
+    """Separate the settings of `polopt train ...` and `polopt compare ...` from the words that argparse reads.
 
     A setting without a value, at the end or before another option, is `true`.
     """
-    if words[:1] != ["train"]:
+    if not words or words[0] not in TAKING:
         return words, {}
+    own = TAKING[words[0]]
     rest: list[str] = [words[0]]
     settings: dict[str, str] = {}
     todo = words[1:]
     while todo:
         word = todo.pop(0)
         name, equals, value = word.partition("=")
-        if name in OWN:
+        if name in own:
             rest.append(word)
-            if OWN[name] and not equals and todo:
+            if own[name] and not equals and todo:
                 rest.append(todo.pop(0))
         elif word.startswith("--") and len(word) > 2:
             if not equals:
@@ -45,4 +60,4 @@ def split_settings(words: list[str]) -> tuple[list[str], dict[str, str]]:
     return rest, settings
 
 
-__all__ = ["OWN", "split_settings"]
+__all__ = ["COMPARE", "OWN", "TAKING", "split_settings"]

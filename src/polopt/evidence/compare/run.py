@@ -1,0 +1,367 @@
+"""`compare`: run every contestant on every seed, side by side, and read, weigh and show what came out."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from polopt.errors import CallError
+from polopt.evidence.compare.analysis import analyse
+from polopt.evidence.compare.entries import entries_of, external_entries, plain
+from polopt.evidence.compare.findings import Analysis
+from polopt.evidence.compare.folders import Damaged, Identity, inspect_external, inspect_run, read_record, set_aside
+from polopt.evidence.compare.live import Table
+from polopt.evidence.compare.page import make_page
+from polopt.evidence.compare.plan import (
+    EPISODES,
+    Arm,
+    Asked,
+    command_of,
+    default_name,
+    external_words,
+    ready,
+    seeds_of,
+    seeds_text,
+)
+from polopt.evidence.compare.read import PLAN, SPENT, read_comparison
+from polopt.evidence.compare.results import Comparison
+from polopt.evidence.compare.schedule import Job, Scheduler
+from polopt.evidence.compare.verdict import verdict
+from polopt.evidence.compare.worker import modules_for
+from polopt.run import Budget, RunFolder, environment
+
+#: Versions of which a mixture is told.
+TOLD = ("polopt", "commit", "torch", "python")
+
+
+@dataclass
+class Compared:
+    """A comparison, what it says, and the page that shows it. signal: what interrupted it, if something did."""
+
+    comparison: Comparison
+    analysis: Analysis = field(repr=False)
+    page: Path | None = None
+    signal: int | None = field(default=None, repr=False)
+
+    @property
+    def folder(self) -> Path | None:
+        """Where everything lies."""
+        return self.comparison.folder
+
+    @property
+    def words(self) -> str:
+        """The verdicts in words."""
+        return "\n".join(verdict(self.analysis))
+
+    def __str__(self) -> str:
+        return self.words
+
+
+def compare(
+    contestants: Any,
+    task: Any,
+    *,
+    budget: str,
+    seeds: int | str | Sequence[int] = 5,
+    out: str | Path | None = None,
+    jobs: int | None = None,
+    baseline: str | None = None,
+    metric: str = "eval_score",
+    lower_is_better: bool = False,
+    points: int = 10,
+    episodes: int | None = None,
+    tune: int = 0,
+    tune_seeds: int = 2,
+    search: Sequence[str] = (),
+    external: Mapping[str, str] | Sequence[str] = (),
+    timeout: float | None = None,
+    page: bool = True,
+    quiet: bool = True,
+    overrides: Mapping[str, Any] | None = None,
+    source: str = "call",
+    **settings: Any,
+) -> Compared:
+    """Compare methods on a task at equal budget and with paired seeds, as `polopt compare` does.
+
+    contestants: words ("ppo", "mine=ppo,epochs=4"), `Method` values or (method, {setting: value}), or a mapping of names to these.
+    seeds: how many, or which. out: the folder (default: runs/compare-<contestants>-<task>); what is finished there is used, what
+    was interrupted goes on. jobs: runs side by side (default: as many as there are cores; 1 on an accelerator). points:
+    evaluations, spread evenly over the budget; episodes: per evaluation. tune: settings to try for each contestant alike, on
+    `tune_seeds` other seeds. external: commands of other programs by name. timeout: seconds without new metrics after which a run
+    is given up. Settings for all contestants go into `overrides` by dotted path, or are keywords with `__` for each dot.
+
+    Raises `CallError` for what cannot work, before anything runs. Ctrl-C saves all runs and returns.
+    """
+    given = dict(overrides or {}) | {k.replace("__", "."): v for k, v in settings.items()}
+    entries = [*(entries_of(contestants) if contestants else []), *external_entries(external)]
+    asked = Asked(
+        entries=tuple(entries), task=task, seeds=seeds_of(seeds), budget=Budget.parse(budget), settings=given, points=points,
+        episodes=episodes, metric=metric, higher_is_better=not lower_is_better, baseline=baseline, tune=tune,
+        tune_seeds=tune_seeds, search=tuple(search), source=source,
+    )  # fmt: skip
+    if jobs is not None and jobs < 1:
+        raise CallError(f"--jobs {jobs}: at least 1 is needed")
+    if timeout is not None and not timeout > 0:
+        raise CallError(f"--timeout {timeout:g}: must be positive")
+    arms = ready(asked)
+    folder = _folder(asked, out)
+    with _alone(folder):
+        return _Comparing(asked, arms, folder, jobs, timeout, quiet).carry_out(page=page)
+
+
+def _folder(asked: Asked, out: str | Path | None) -> Path:
+    """The comparison's folder: a new one or one that holds a comparison."""
+
+    def holds_other(path: Path) -> bool:
+        return (
+            path.exists() and not (path / PLAN).exists() and (not path.is_dir() or any(p.name != ".lock" for p in path.iterdir()))
+        )
+
+    if out is not None:
+        path = Path(out).expanduser()
+        if holds_other(path):
+            raise CallError(f"--out {path} holds something that is no comparison; give a folder of its own")
+        return path
+    base = path = Path("runs") / default_name(asked)
+    n = 1
+    while holds_other(path):
+        n += 1
+        path = base.with_name(f"{base.name}-{n}")
+    return path
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Refuse a second process that works on the same comparison."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise CallError(f"cannot write to {folder}: {error.strerror}") from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise CallError(f"another process is comparing in {folder}; wait for it, or give another --out") from None
+        yield
+    finally:
+        os.close(handle)
+
+
+class _Comparing:
+    """One call of `compare`, while it goes on."""
+
+    def __init__(self, asked: Asked, arms: list[Arm], folder: Path, jobs: int | None, timeout: float | None, quiet: bool) -> None:
+        self.asked, self.arms, self.folder, self.quiet = asked, arms, folder, quiet
+        accelerated = any(a.resolved is not None and a.resolved.settings.device != "cpu" for a in arms)
+        self.slots = jobs or (1 if accelerated else len(os.sched_getaffinity(0)))
+        self.asked_jobs, self.timeout = jobs, timeout
+        self.versions = {**environment(), "cpu": _cpu()}
+        self.notes: list[str] = []
+        self.command = command_of(asked, folder, jobs)
+        self.start = time.monotonic()
+
+    def carry_out(self, *, page: bool) -> Compared:
+        """Tune, run, read, weigh, show."""
+        if not self.asked.tune:
+            self.refuse_others()
+        domains = dict.fromkeys(a.resolved.task.domain for a in self.arms if a.resolved is not None)
+        modules = [m for d in domains for m in modules_for(d)]
+        scheduler = Scheduler(self.folder, self.slots, modules, _Silent(), timeout=self.timeout)
+        self.save_plan()
+        try:
+            if self.asked.tune:
+                from polopt.evidence.compare.tune import tune
+
+                go = partial(self.run, scheduler, what="tuning")
+                self.arms = tune(self.asked, self.arms, self.folder / "tune", self.make_jobs, go)
+                self.notes += [a.note for a in self.arms if a.note]
+                self.save_plan()
+                if scheduler.signal is None:
+                    self.refuse_others()
+            if scheduler.signal is None:
+                jobs = [self.make_jobs(arm, self.place(arm), self.asked.seeds) for arm in self.arms]
+                paired = [job for same_seed in zip(*jobs, strict=True) for job in same_seed]
+                self.run(scheduler, paired)
+        finally:
+            scheduler.close()
+        found = read_comparison(self.folder)
+        analysis = analyse(found)
+        return Compared(found, analysis, make_page(found, analysis, self.folder) if page else None, scheduler.signal)
+
+    def run(self, scheduler: Scheduler, jobs: Sequence[Job], what: str = "comparing") -> bool:
+        """Run jobs under a table; False when a signal ended it."""
+        if not any(j.state == "waiting" for j in jobs):
+            return scheduler.signal is None
+        a = self.asked
+        title = f"{what}: {', '.join(x.name for x in self.arms)} on {a.task_name}, {a.text}, "
+        title += f"seeds {seeds_text(sorted({j.seed for j in jobs}))}, {self.slots} at a time"
+        table = Table(
+            jobs,
+            budget=a.budget.amount,
+            key=SPENT.get(a.budget.unit, a.budget.unit),
+            metric=a.metric,
+            title=title,
+            quiet=self.quiet,
+        )
+        scheduler.watcher = table
+        try:
+            scheduler.run(jobs)
+        finally:
+            table.close()
+            scheduler.watcher = _Silent()
+        return scheduler.signal is None
+
+    def place(self, arm: Arm) -> Path:
+        """The folder of a contestant's runs."""
+        return self.folder / "runs" / arm.entry.folder
+
+    # ------------------------------------------------------------------------------------------------- runs that exist
+    def refuse_others(self) -> None:
+        """Raise `CallError` for a run that was made with other settings; nothing is moved or started before."""
+        for arm in self.arms:
+            self.check_runs(arm, self.place(arm), self.asked.seeds)
+
+    def check_runs(self, arm: Arm, root: Path, seeds: Sequence[int]) -> None:
+        """Compare the runs that a contestant has already with what they are to be."""
+        here = [s for s in seeds if (root / f"s{s}").exists()]
+        identity = Identity.of(arm.at(seeds[0])) if here and arm.resolved is not None else None
+        for seed in here:
+            path = root / f"s{seed}"
+            try:
+                if identity is None:
+                    if inspect_external(path) != "absent":
+                        _refuse_other_program(path, self.program(arm, seed))
+                elif inspect_run(path) != "absent":
+                    identity.refuse_other(path, seed)
+            except Damaged:
+                continue
+
+    def program(self, arm: Arm, seed: int) -> dict[str, Any]:
+        """What an external program was asked for."""
+        a = self.asked
+        return {"command": arm.entry.command, "task": a.task_name, "budget": a.text, "seed": seed, "points": a.points}
+
+    def make_jobs(self, arm: Arm, root: Path, seeds: Sequence[int]) -> list[Job]:
+        """The runs of a contestant; finished ones are done already, damaged ones are set aside."""
+        self.check_runs(arm, root, seeds)
+        return [self.make_job(arm, root / f"s{seed}", seed) for seed in seeds]
+
+    def make_job(self, arm: Arm, path: Path, seed: int) -> Job:
+        """One run."""
+        job = Job(arm.name, seed, path, metric=self.asked.metric)
+        record: dict[str, Any] = {"contestant": arm.name, "seed": seed, "versions": self.versions}
+        if arm.resolved is None:
+            job.words = external_words(self.asked, arm.entry, seed, path.resolve())
+            record |= self.program(arm, seed)
+        else:
+            first, *rest = arm.layers
+            layers = [first._replace(values={**first.values, "seed": seed}), *rest]
+            job.spec = {"method": arm.entry.method, "task": self.asked.task, "layers": [tuple(layer) for layer in layers]}
+            record |= {"identity": self.identity(arm).fingerprint(seed), "code": self.identity(arm).code}
+        job.record = record
+        try:
+            state = inspect_external(path) if arm.resolved is None else inspect_run(path)
+        except Damaged as error:
+            job.notes.append(set_aside(path, str(error)))
+            state = "absent"
+        if state == "finished":
+            job.state = "done"
+        elif state == "partial" and arm.resolved is not None:
+            before = read_record(path).get("versions") or self.versions
+            if changed := [k for k in TOLD if before.get(k) != self.versions.get(k)]:
+                was = ", ".join(f"{k} {before.get(k)} -> {self.versions.get(k)}" for k in changed)
+                job.notes.append(f"{arm.name}, seed {seed}, was continued with other versions: {was}")
+        return job
+
+    def identity(self, arm: Arm) -> Identity:
+        """What makes a contestant's runs its runs; looked up once."""
+        known: dict[int, Identity] = self.__dict__.setdefault("_identities", {})
+        if id(arm) not in known:
+            known[id(arm)] = Identity.of(arm.at(self.asked.seeds[0]))
+            self.__dict__.setdefault("_kept", []).append(arm)  # so that the id stays taken
+        return known[id(arm)]
+
+    # --------------------------------------------------------------------------------------------------------- the plan
+    def save_plan(self) -> None:
+        """Write what was asked, from which `read_comparison` reads the whole."""
+        a = self.asked
+        contestants = [_contestant(arm) for arm in self.arms]
+        try:
+            before = json.loads((self.folder / PLAN).read_text(encoding="utf-8")).get("notes", [])
+        except (OSError, ValueError, AttributeError):
+            before = []
+        RunFolder(self.folder).write_json(
+            PLAN,
+            {
+                "format": 1, "task": a.task_name, "budget": a.budget.amount, "unit": a.budget.unit, "metric": a.metric,
+                "higher_is_better": a.higher_is_better, "seeds": list(a.seeds), "contestants": contestants,
+                "folders": {arm.name: f"runs/{arm.entry.folder}" for arm in self.arms}, "baseline": a.baseline,
+                "settings": {k: _plain(v) for k, v in a.settings.items()}, "command": self.command,
+                "episodes": self._episodes(), "points": a.points, "jobs": self.slots, "tune": a.tune,
+                "notes": list(dict.fromkeys([*before, *self.notes])), "versions": self.versions,
+            },
+        )  # fmt: skip
+
+    def _episodes(self) -> int:
+        found = [a.resolved.settings.evaluate.episodes for a in self.arms if a.resolved is not None]
+        return found[0] if found else self.asked.episodes or EPISODES
+
+
+def _contestant(arm: Arm) -> dict[str, Any]:
+    """A contestant as the plan has it."""
+    method = arm.resolved.method if arm.resolved is not None else None
+    return {
+        "name": arm.name, "method": "" if method is None else method.name, "title": "" if method is None else method.title,
+        "command": arm.entry.command, "settings": {k: _plain(v) for k, v in arm.entry.settings.items()},
+        "tuned": {k: _plain(v) for k, v in arm.tuned.items()},
+    }  # fmt: skip
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON can hold it."""
+    if isinstance(value, str | int | float | bool | None):
+        return value
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return getattr(value, "name", None) or getattr(value, "__name__", None) or plain(value)
+
+
+def _refuse_other_program(path: Path, program: Mapping[str, Any]) -> None:
+    record = read_record(path)
+    for key, value in program.items():
+        if record.get(key) != value:
+            raise CallError(
+                f"{path} holds a run of a program with {key} = {record.get(key)}, this comparison has {value}; give another --out, "
+                "or move that folder away to run it anew"
+            )
+
+
+class _Silent:
+    """Watches nothing."""
+
+    def started(self, job: Job) -> None: ...
+
+    def ended(self, job: Job) -> None: ...
+
+    def tick(self) -> None: ...
+
+
+def _cpu() -> str | None:
+    """The processor's name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return None
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
+
+
+__all__ = ["Compared", "compare"]
