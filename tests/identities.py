@@ -40,7 +40,7 @@ def marked(item: pytest.Item) -> Iterator[tuple[frozenset[str], str]]:
 
 
 class Report:
-    """Keeps the identities of one method, or of all, and what became of them."""
+    """Keeps the identities of one method, or of all, and what became of them; workers of pytest-xdist tell it by their reports."""
 
     def __init__(self, method: str, path: str | None) -> None:
         self.method, self.path = method, path
@@ -52,23 +52,25 @@ class Report:
         for item in items:
             marks = [(m, t) for m, t in marked(item) if m and (self.method == "*" or self.method in m)]
             if marks:
-                self.found[item.nodeid] = {
-                    "test": item.nodeid, "text": "; ".join(t for _, t in reversed(marks)),
-                    "methods": sorted(frozenset().union(*(m for m, _ in marks))), "outcome": None,
-                }  # fmt: skip
+                about = {"text": "; ".join(t for _, t in reversed(marks)), "methods": sorted(set().union(*(m for m, _ in marks)))}
+                item.user_properties.append(("identity", about))
+                self.found[item.nodeid] = {"test": item.nodeid, **about, "outcome": None}
             (kept if marks else rest).append(item)
         config.hook.pytest_deselected(items=rest)
         items[:] = kept
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """The worst of set-up, call and tear-down counts."""
-        entry = self.found.get(report.nodeid)
-        if entry is not None and (entry["outcome"] in (None, "passed")) and (report.when == "call" or not report.passed):
+        about = dict(report.user_properties).get("identity")
+        if about is None:
+            return
+        entry = self.found.setdefault(report.nodeid, {"test": report.nodeid, **about, "outcome": None})
+        if entry["outcome"] in (None, "passed") and (report.when == "call" or not report.passed):
             entry["outcome"] = report.outcome
 
-    def pytest_sessionfinish(self) -> None:
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
         """Write the list."""
-        if self.path:
+        if self.path and not hasattr(session.config, "workerinput"):
             Path(self.path).write_text(json.dumps(list(self.found.values()), indent=1) + "\n", encoding="utf-8")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ def save_tree(folder: Path, tree: State, meta: State) -> None:
     from safetensors.torch import save_file
 
     tensors: dict[str, torch.Tensor] = {}
-    skeleton = _strip(tree, "", tensors)
+    skeleton = strip(tree, "", tensors)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
     for stale in folder.parent.glob(".tmp-*"):
@@ -65,14 +66,15 @@ def load_tree(folder: Path) -> tuple[State, State]:
         if path.stat().st_size != meta["bytes"]:
             raise ValueError(f"it has {path.stat().st_size} bytes, {meta['bytes']} were written")
         tensors = load_file(str(path))
-        return _fill(skeleton, tensors), meta
+        return fill(skeleton, tensors), meta
     except FileNotFoundError as error:
         raise PoloptError(f"checkpoint file {path} is missing") from error
     except Exception as error:
         raise PoloptError(f"checkpoint file {path} is damaged: {error}") from error
 
 
-def _strip(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
+def strip(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
+    """The tree as JSON can hold it; copies of its tensors and arrays go into `tensors`. Raises `TypeError` for other things."""
     if isinstance(value, torch.Tensor):
         # a copy of its own: safetensors refuses storage that two tensors share
         tensors[path] = value.detach().to("cpu", copy=True).contiguous()
@@ -85,9 +87,9 @@ def _strip(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
         for key in value:
             if not isinstance(key, str) or key.startswith("$"):
                 raise TypeError(f"checkpoint key {path}/{key!r} must be a string that does not start with '$'")
-        return {k: _strip(v, f"{path}/{k}", tensors) for k, v in value.items()}
+        return {k: strip(v, f"{path}/{k}", tensors) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_strip(v, f"{path}/{i}", tensors) for i, v in enumerate(value)]
+        return [strip(v, f"{path}/{i}", tensors) for i, v in enumerate(value)]
     if isinstance(value, np.generic):
         return value.item()
     if value is None or isinstance(value, bool | int | float | str):
@@ -95,15 +97,16 @@ def _strip(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
     raise TypeError(f"checkpoint entry {path} is a {type(value).__name__}, which cannot be saved without code")
 
 
-def _fill(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+def fill(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
+    """The tree that `strip` was given."""
     if isinstance(value, dict):
         if "$tensor" in value:
             return tensors[value["$tensor"]]
         if "$array" in value:
             return tensors[value["$array"]].numpy().astype(np.dtype(value["dtype"]), copy=False)
-        return {k: _fill(v, tensors) for k, v in value.items()}
+        return {k: fill(v, tensors) for k, v in value.items()}
     if isinstance(value, list):
-        return [_fill(v, tensors) for v in value]
+        return [fill(v, tensors) for v in value]
     return value
 
 

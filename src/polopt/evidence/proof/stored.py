@@ -1,0 +1,124 @@
+"""Stored results: where evidence and certificates lie, reading them, and whether they still belong to the present method."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import json
+import sys
+from collections.abc import Hashable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from polopt.errors import CallError
+from polopt.method import Method
+from polopt.part import Part
+from polopt.paths import Slot, method_leaves
+
+FOLDER = "evidence"
+CERTIFICATES, GOLDEN = "certificates", "golden"
+
+
+# -------------------------------------------------------------------- where
+def repository() -> Path | None:
+    """The repository that this package is run from, if it was installed from one in place."""
+    root = Path(__file__).parents[4]
+    return root if (root / "pyproject.toml").is_file() and (root / "src" / "polopt").is_dir() else None
+
+
+def folders() -> list[Path]:
+    """Where stored results are looked for, in this order: here, in the repository, in the package."""
+    root = repository()
+    return [Path.cwd() / FOLDER, *([root / FOLDER] if root else []), Path(__file__).parents[2] / "assets" / FOLDER]
+
+
+def home() -> Path:
+    """Where new results go: `evidence` here if there is one, else that of the repository, else `evidence` here."""
+    return next((f for f in folders()[:-1] if f.is_dir()), Path.cwd() / FOLDER)
+
+
+def find(*parts: str) -> Path | None:
+    """The first stored file of this name ("certificates", "ppo.json")."""
+    return next((p for f in folders() if (p := f.joinpath(*parts)).is_file()), None)
+
+
+# -------------------------------------------------------------------- what
+def read(path: Path) -> dict[str, Any]:
+    """A stored JSON file. Raises `CallError` naming one that is damaged."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CallError(f"{path} is damaged: {error}; remove it or make it again") from error
+    if not isinstance(found, dict):
+        raise CallError(f"{path} is damaged: it holds {type(found).__name__}, expected an object; remove it or make it again")
+    return found
+
+
+def evidence(name: str) -> dict[str, Any] | None:
+    """The stored result of a method's miniature experiment."""
+    path = find(f"{name}.json")
+    return read(path) if path else None
+
+
+def certificate(name: str) -> dict[str, Any] | None:
+    """The stored certificate of a method."""
+    path = find(CERTIFICATES, f"{name}.json")
+    found = read(path) if path else None
+    if found is not None and not isinstance(found.get("certified"), bool):
+        raise CallError(f"{path} is damaged: it does not say whether {name} is certified; remove it or make it again")
+    return found
+
+
+def summary(method: Method) -> dict[str, Any]:
+    """What the catalogue shows of a method: its identities, evidence and certificate, each None where nothing is stored."""
+    found, proof = evidence(method.name), certificate(method.name)
+    identities = (proof or {}).get("identities") or {}
+    return {
+        "identities": [{"test": t["test"], "text": t["text"]} for t in identities.get("tests", [])],
+        "evidence": found,
+        "certificate": None if proof is None else {**_brief(proof), "stale": proof.get("fingerprint") != fingerprint(method)},
+    }
+
+
+def _brief(proof: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: proof.get(k) for k in ("certified", "line", "reasons", "date", "commit", "seconds", "command")}
+
+
+# -------------------------------------------------------------------- whether it still holds
+def fingerprint(method: Method) -> str:
+    """Changes with the method's parts and settings, and with the source files of its parts."""
+    lines = [f"{path} = {_text(leaf.value) if isinstance(leaf.type, Slot) else repr(leaf.value)}" for path, leaf in _leaves(method)]
+    files = {f for part in method.parts().values() for f in sources(cast(Hashable, type(part)))}
+    digests = sorted(hashlib.sha256(f.read_bytes().replace(b"\r\n", b"\n")).hexdigest() for f in files)
+    return hashlib.sha256("\n".join([*lines, *digests]).encode()).hexdigest()[:16]
+
+
+def _leaves(method: Method) -> list[tuple[str, Any]]:
+    return sorted(method_leaves(method).items())
+
+
+def _text(value: Any) -> str:
+    many = value if isinstance(value, tuple) else () if value is None else (value,)
+    return "+".join(f"{type(p).__module__.rpartition('.')[2]}.{type(p).__qualname__}" for p in many)
+
+
+@functools.cache
+def sources(cls: Hashable) -> frozenset[Path]:
+    """Files that a part's behaviour is written in: those of its class and bases, and the parts' modules that they import."""
+    assert isinstance(cls, type)
+    found: dict[str, Path] = {}
+    todo = [c.__module__ for c in cls.__mro__ if issubclass(c, Part) and c is not Part]
+    while todo:
+        name = todo.pop()
+        file = getattr(sys.modules.get(name), "__file__", None)  # None: a part that was typed into a notebook
+        if name in found or file is None:
+            continue
+        found[name] = Path(file)
+        for node in ast.walk(ast.parse(found[name].read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("polopt.parts."):
+                todo.append(node.module or "")
+    return frozenset(found.values())
+
+
+__all__ = ["certificate", "evidence", "find", "fingerprint", "folders", "home", "read", "summary"]
