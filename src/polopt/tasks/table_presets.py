@@ -10,6 +10,8 @@ if TYPE_CHECKING:
 
 #: Answers per iteration, and how many of them answer the same prompt where a method compares such answers.
 ANSWERS, GROUP = 64, 8
+#: Learning rate of Adam on logits, for up to so many gradient steps per iteration.
+RATE, FREE = 0.05, 4
 
 
 def table_preset(method: Method) -> Mapping[str, Any]:
@@ -33,10 +35,16 @@ def _of(method: Method, update: Update) -> dict[str, Any]:
     rule = update.rule
     chosen: dict[str, Any] = {}
     if hasattr(rule, "lr"):
-        chosen["rule.lr"] = 0.05
+        chosen["rule.lr"] = RATE / max(1.0, _steps(update) / FREE) if "surrogate" in update.terms else RATE
         if str(getattr(rule, "optimizer", "")).startswith("rmsprop"):
             # a mean square that starts from 1 and far exceeds these gradients must be forgotten quickly
             chosen |= {"rule.lr": 0.5, "rule.alpha": 0.9}
     if hasattr(rule, "damping"):  # the Fisher matrix of a table has small entries: those of rarely visited nodes
         chosen |= {"rule.damping": 1e-4, "rule.delta": 0.02}
     return chosen
+
+
+def _steps(update: Update) -> float:
+    """Gradient steps per iteration."""
+    each = -(-ANSWERS // update.minibatch) if update.minibatch else update.minibatches or 1
+    return float(update.epochs * each)
