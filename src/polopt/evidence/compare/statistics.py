@@ -3,10 +3,14 @@
 A seed is the unit everywhere: a run gives one number, and only runs are resampled, never episodes.
 
 Intervals of the interquartile mean (IQM) come from a stratified bootstrap over seeds. The usual percentile bootstrap (and BCa)
-of five seeds covers far less than 95 %, so it is widened: with at least five degrees of freedom the percentiles are taken
-further out (Hesterberg's expanded percentiles), with fewer the bootstrap's standard error is multiplied by Student's t.
-Measured coverage in % of the nominal 95 % interval; 4000 repetitions each, 2000 draws (standard error 0.35):
-COVERAGE_TABLE
+of few seeds is too narrow, so it is widened: with at least five degrees of freedom the percentiles are taken further out
+(Hesterberg's expanded percentiles), with fewer the bootstrap's standard error is multiplied by Student's t.
+Coverage of the 95 % interval in %, measured with 8000 repetitions (standard error 0.25; percentile bootstrap: 4000), for scores
+that are normal, Student's t3, lognormal, beta(8, 1), and in two modes 50:50 and 70:30; in brackets the percentile bootstrap:
+ 3 seeds: 95 (75), 96 (76), 93 (75), 93 (74), 75 (75), 78 (64); 5: 96 (91), 97 (90), 95 (89), 94 (91), 94 (94), 82 (81);
+10 seeds: 96 (94), 97 (94), 96 (92), 96 (93), 97 (92), 96 (93); 20: 96 (95), 95 (94), 96 (94), 96 (94), 95 (94), 94 (94).
+Five draws from two modes 70:30 fall into one mode alone in 17 % of all cases; no interval made of them alone can then cover.
+
 Paired differences are summarised by their mean with Student's t: it is what the bootstrap's standard error times t is for a
 mean, without noise from drawing; under equal methods differences are symmetric, so that mean and IQM agree; and with five seeds
 the mean's interval is the narrower one (2.3 against 2.6 standard deviations on normal scores, 3.0 against 3.3 on Student's t3).
@@ -20,6 +24,7 @@ Pearson 1934 for the binomial interval; Holm 1979, "A simple sequentially reject
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -113,7 +118,7 @@ def interval(
     # A resample's spread is divided by n, not by n - 1, which narrows it; where seeds are cut off, losing them in resamples widens
     # it by as much.
     trimmed = strata == 1 and int(TRIM * seeds) > 0
-    quantile = _student(freedom, level) * (1.0 if trimmed else np.sqrt(seeds / (seeds - 1)))
+    quantile = _student(freedom, level) * (1.0 if trimmed else math.sqrt(seeds / (seeds - 1)))
     if freedom >= ENOUGH:
         return _quantile_pair(drawn, float(scipy.stats.norm.sf(quantile)))
     half = quantile * drawn.std(0, ddof=1)
@@ -172,7 +177,7 @@ def difference(a: Seeds, b: Seeds, level: float = LEVEL) -> Estimate:
         if n == 2 and value:
             return Estimate(value, None, None, n=2, level=level)
         return Estimate(value, value, value, 0.0 if value else 1.0, n, level, constant=True)
-    error = float(gaps.std(ddof=1)) / np.sqrt(n)
+    error = float(gaps.std(ddof=1)) / math.sqrt(n)
     p = 2 * float(scipy.special.stdtr(n - 1, -abs(value) / error))
     half = error * _student(n - 1, level)
     return Estimate(value, value - half, value + half, p, n, level)
