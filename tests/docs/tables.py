@@ -55,6 +55,33 @@ def parts() -> str:
     return _table(("slot", "part", "what it does"), rows)
 
 
+def neutral() -> str:
+    """Method, parent, slot, what is equal."""
+    import polopt
+    from polopt.evidence.proof.difference import identity
+    from polopt.evidence.proof.sides import called, loss_parts
+
+    rows = []
+    for name, m in polopt.methods().items():
+        if m.parent is None or (m.parent.name not in polopt.methods()):
+            continue
+        mine, theirs = loss_parts(m), loss_parts(m.parent)
+        for slot, value in m.neutral.items():
+            what = identity(called(mine.get(slot)), called(theirs.get(slot)), value) if value else "none exists"
+            rows.append((f"`{name}`", f"`{m.parent.name}`", f"`{slot}`", what))
+    return _table(("method", "parent", "slot", "no difference"), rows)
+
+
+def conditions() -> str:
+    """Name, meaning."""
+    from polopt.evidence.proof.batches import CONDITIONS
+
+    return _table(
+        ("condition", "batches"),
+        [(f"`{n}`", " ".join(inspect.cleandoc(c.apply.__doc__ or c.words).split())) for n, c in CONDITIONS.items()],
+    )
+
+
 def data_options() -> str:
     """Options of data tasks with defaults."""
     from polopt.tasks.data import DataTask
@@ -66,7 +93,7 @@ def data_options() -> str:
     )
 
 
-TABLES: dict[str, Callable[[], str]] = {f.__name__: f for f in (methods, warnings, parts, data_options)}
+TABLES: dict[str, Callable[[], str]] = {f.__name__: f for f in (methods, warnings, parts, data_options, neutral, conditions)}
 
 
 def filled(text: str) -> str:

@@ -324,6 +324,8 @@ def test_methods_made_of_the_same_kinds_of_parts_need_no_way():
     assert ways(PPO, PPO.set("surrogate.high", 0.3)) == [("ppo", "ppo")]
     assert ways(GRPO.but("a", epochs=2), GRPO.but("b", penalty=KLToReference(0.1))) == [("b", "a")]
     assert difference(PPO, PPO).links == ()
+    (changed,) = difference(PPO, PPO.set("surrogate", "score")).links  # the neutral value of PPO's clip is not that of this
+    assert (changed.holds, changed.undeclared) == (True, ("surrogate",))
 
 
 def test_methods_without_common_ancestor_are_not_compared():

@@ -70,8 +70,11 @@ def difference(a: Method, b: Method) -> Difference:
 
 
 def way(a: Method, b: Method) -> list[tuple[Method, Method]] | None:
-    """Pairs of child and parent that lead from `a` to `b`; None if the methods have no common ancestor."""
-    if _kinds(a) == _kinds(b):
+    """Pairs of child and parent that lead from `a` to `b`; None if the methods have no common ancestor.
+
+    Methods made of the same kinds of parts, and one method before and after a change (`Method.set`), need no ancestor.
+    """
+    if _kinds(a) == _kinds(b) or a.name == b.name:
         return [(b, a)]
     up, down = a.chain(), b.chain()
     shared = 0
@@ -116,15 +119,19 @@ def _line(line: Line) -> str:
     if line.slot == "updates":
         text = f"{line.own} for {line.parent}, losses added up"
     else:
-        text = f"{_with(line.own, neutral.own)} = {_with(line.parent, neutral.parent)}"
-    if neutral.equal == "gradient":
-        text += " in gradient"
-    if neutral.batch:
-        text += f", given {' and '.join(CONDITIONS[name].words for name in neutral.batch)}"
+        text = identity(line.own, line.parent, neutral)
     if line.status == "failed":
         loss = "" if line.loss is None else f"losses by {_number(line.loss)}, "
         return f"FAILED: {text}: they differ, {loss}gradients by {_number(line.gradient)}"
     return text + ("" if line.before is None else f" (as it stands: {_number(line.before)} apart)")
+
+
+def identity(own: str, parent: str, neutral: Neutral) -> str:
+    """What a neutral value claims: `clip(low=inf, high=inf) = ratio`, given what, and whether in gradient alone."""
+    text = f"{_with(own, neutral.own)} = {_with(parent, neutral.parent)}"
+    if neutral.equal == "gradient":
+        text += " in gradient"
+    return text + (f", given {' and '.join(CONDITIONS[name].words for name in neutral.batch)}" if neutral.batch else "")
 
 
 def _with(name: str, settings: Mapping[str, Any]) -> str:
@@ -168,4 +175,4 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, bool | int | float | str | None) else str(value)
 
 
-__all__ = ["Difference", "as_json", "describe", "difference", "way"]
+__all__ = ["Difference", "as_json", "describe", "difference", "identity", "way"]
