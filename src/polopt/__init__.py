@@ -34,8 +34,8 @@ _HOME = {
 }
 
 __all__ = [
-    "Batch", "CallError", "Method", "Part", "PoloptError", "Range", "Update", "__version__", "compare", "diff", "evaluate", "explain",
-    "load", "method", "methods", "register", "register_part", "resume", "train",
+    "Batch", "CallError", "Method", "Part", "PoloptError", "Range", "Update", "__version__", "compare", "diff", "evaluate",
+    "explain", "load", "method", "methods", "register", "register_part", "resume", "train",
 ]  # fmt: skip
 
 

@@ -15,8 +15,8 @@ from polopt.part import Part
 from polopt.run import RunFolder
 
 if TYPE_CHECKING:
-    from polopt.interfaces import Observer, Policy, Task
     from polopt.evidence.compare.run import Compared
+    from polopt.interfaces import Observer, Policy, Task
     from polopt.loops.drive import Run
 
 Which = Literal["best", "last"]
@@ -166,7 +166,7 @@ def compare(
     evaluations, spread evenly over the budget; episodes: per evaluation. tune: settings to try for each contestant alike, on
     `tune_seeds` other seeds; search: what is varied. external: commands of other programs by name. timeout: seconds without new
     metrics after which a run is given up. page: write the HTML page. Settings for all contestants go into `overrides` by dotted
-    path, or are keywords with `__` for each dot: `compare(["ppo", "a2c"], "gym:CartPole-v1", budget="50k-decisions", collect__envs=4)`.
+    path, or are keywords with `__` for each dot: `compare(["ppo", "a2c"], "gym:CartPole-v1", budget="50k-decisions", epochs=4)`.
 
     Raises `CallError` for what cannot work, before anything runs. Ctrl-C saves all runs and returns.
     """
@@ -175,7 +175,7 @@ def compare(
     return compare(
         contestants, task, budget=budget, seeds=seeds, out=out, jobs=jobs, baseline=baseline, metric=metric,
         lower_is_better=lower_is_better, points=points, episodes=episodes, tune=tune, tune_seeds=tune_seeds, search=search,
-        external=external, timeout=timeout, page=page, quiet=quiet, overrides=overrides, **settings,
+        external=external, timeout=timeout, page=page, quiet=quiet, overrides=_rewards_to_options({**(overrides or {}), **settings}),
     )  # fmt: skip
 
 

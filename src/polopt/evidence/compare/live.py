@@ -74,10 +74,12 @@ class Table:
         self.jobs, self.budget, self.key, self.metric, self.title, self.quiet = list(jobs), budget, key, metric, title, quiet
         self._console = console
         self._live: Live | None = None
-        self._tails: dict[int, Tail] = {}
+        self._tails = {id(j): Tail(j.folder / "metrics.jsonl") for j in self.jobs if j.state == "done"}
         self._next = 0.0
         self._start = clock_start or time.monotonic()
         self._share0 = self._share()
+        for tail in self._tails.values() if not quiet else ():
+            tail.read(metric)
 
     # ------------------------------------------------------------------------------------------------- the scheduler's
     def started(self, job: Job) -> None:

@@ -11,15 +11,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from polopt.errors import CallError
-from polopt.evidence.compare.analysis import analyse
 from polopt.evidence.compare.entries import entries_of, external_entries, plain
-from polopt.evidence.compare.findings import Analysis
 from polopt.evidence.compare.folders import Damaged, Identity, inspect_external, inspect_run, read_record, set_aside
 from polopt.evidence.compare.live import Table
-from polopt.evidence.compare.page import make_page
 from polopt.evidence.compare.plan import (
     EPISODES,
     Arm,
@@ -34,9 +31,11 @@ from polopt.evidence.compare.plan import (
 from polopt.evidence.compare.read import PLAN, SPENT, read_comparison
 from polopt.evidence.compare.results import Comparison
 from polopt.evidence.compare.schedule import Job, Scheduler
-from polopt.evidence.compare.verdict import verdict
 from polopt.evidence.compare.worker import modules_for
 from polopt.run import Budget, RunFolder, environment
+
+if TYPE_CHECKING:
+    from polopt.evidence.compare.findings import Analysis
 
 #: Versions of which a mixture is told.
 TOLD = ("polopt", "commit", "torch", "python")
@@ -59,6 +58,8 @@ class Compared:
     @property
     def words(self) -> str:
         """The verdicts in words."""
+        from polopt.evidence.compare.verdict import verdict
+
         return "\n".join(verdict(self.analysis))
 
     def __str__(self) -> str:
@@ -194,16 +195,21 @@ class _Comparing:
         finally:
             scheduler.close()
         found = read_comparison(self.folder)
+        from polopt.evidence.compare.analysis import analyse
+        from polopt.evidence.compare.page import make_page
+
         analysis = analyse(found)
         return Compared(found, analysis, make_page(found, analysis, self.folder) if page else None, scheduler.signal)
 
     def run(self, scheduler: Scheduler, jobs: Sequence[Job], what: str = "comparing") -> bool:
         """Run jobs under a table; False when a signal ended it."""
-        if not any(j.state == "waiting" for j in jobs):
+        if scheduler.signal is not None or not any(j.state == "waiting" for j in jobs):
             return scheduler.signal is None
+        there = sum(j.state == "done" for j in jobs)
         a = self.asked
         title = f"{what}: {', '.join(x.name for x in self.arms)} on {a.task_name}, {a.text}, "
         title += f"seeds {seeds_text(sorted({j.seed for j in jobs}))}, {self.slots} at a time"
+        title += f"; {there} of {len(jobs)} runs are there already" * bool(there)
         table = Table(
             jobs,
             budget=a.budget.amount,
