@@ -17,6 +17,11 @@ def escape(x: object) -> str:
     return html.escape(str(x), quote=True)
 
 
+def attribute(name: str, value: object) -> str:
+    """An HTML attribute with a space before it; nothing where the value is None or empty text."""
+    return "" if value is None or value == "" else f' {name}="{escape(value)}"'
+
+
 def plain(text: str) -> str:
     """Text that matplotlib shows as it is: a dollar sign would start a formula."""
     return text.replace("$", r"\$")
@@ -84,4 +89,4 @@ def _shorten(m: re.Match[str]) -> str:
     return f"{float(m[0]):.1f}".removesuffix(".0")
 
 
-__all__ = ["escape", "plain", "strict", "themed", "write"]
+__all__ = ["attribute", "escape", "plain", "strict", "themed", "write"]
