@@ -6,6 +6,7 @@ operations, differentiable and exact.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -47,22 +48,16 @@ class Tree:
         return slice(self.first(depth), self.first(depth + 1))
 
     def depths(self) -> Int[Tensor, " N"]:
-        """Decisions taken before each node."""
-        return torch.arange(self.horizon).repeat_interleave(torch.tensor([self.width**d for d in range(self.horizon)]))
+        """Decisions taken before each node. Like `ends` and `cut` computed once; not to be changed in place."""
+        return _depths(self)
 
     def ends(self) -> Bool[Tensor, "N V"]:
         """Decisions after which an answer is over."""
-        over = (self.depths() == self.horizon - 1)[:, None].repeat(1, self.symbols)
-        if self.eos:
-            over[:, -1] = True
-        return over
+        return _ends(self)
 
     def cut(self) -> Bool[Tensor, "N V"]:
         """Decisions after which an answer is over because it reached the limit."""
-        over = torch.zeros(self.nodes, self.symbols, dtype=torch.bool)
-        if self.eos:
-            over[self.level(self.horizon - 1), :-1] = True
-        return over
+        return _cut(self)
 
     def child(self, node: Tensor, action: Tensor) -> Tensor:
         """The node after an action that goes on (any number for one that ends)."""
@@ -123,6 +118,27 @@ class Tree:
         """Node and action of the last decision of every answer, in the order of `answers`."""
         node, action = self.ends().nonzero().unbind(1)
         return node, action
+
+
+@functools.lru_cache(maxsize=64)
+def _depths(tree: Tree) -> Tensor:
+    return torch.arange(tree.horizon).repeat_interleave(torch.tensor([tree.width**d for d in range(tree.horizon)]))
+
+
+@functools.lru_cache(maxsize=64)
+def _ends(tree: Tree) -> Tensor:
+    over = (_depths(tree) == tree.horizon - 1)[:, None].repeat(1, tree.symbols)
+    if tree.eos:
+        over[:, -1] = True
+    return over
+
+
+@functools.lru_cache(maxsize=64)
+def _cut(tree: Tree) -> Tensor:
+    over = torch.zeros(tree.nodes, tree.symbols, dtype=torch.bool)
+    if tree.eos:
+        over[tree.level(tree.horizon - 1), :-1] = True
+    return over
 
 
 def tilted(tree: Tree, logits: Float[Tensor, "P N V"], bonus: Float[Tensor, "P N V"]) -> Float[Tensor, "P N V"]:

@@ -96,7 +96,7 @@ class StyleOptions(TableOptions):
     symbols: Annotated[int, Range(ge=3), "symbols; the first is the tic that the proxy overrates, the last ends an answer"] = 4
     length: Annotated[int, Range(ge=2), "most decisions of an answer, the ending one included"] = 6
     proxy: Annotated[float, Range(ge=0, le=1), "share of the proxy in the reward; the rest is the true (gold) score"] = 0.0
-    hack: Annotated[float, Range(ge=0), "what the proxy pays for each tic, where the true score loses by their square"] = 1.0
+    hack: Annotated[float, Range(ge=0), "what the proxy pays for each tic, where the true score loses by their square"] = 2.0
     target: Annotated[int, Range(ge=1), "length (symbols before the end) that the score likes best"] = 4
     dense: Annotated[float, Range(ge=0, le=1), "share of the reward that is paid along the way"] = 0.0
 
@@ -111,10 +111,17 @@ def _family(options: TableOptions) -> Int[Tensor, " P"]:
     return torch.arange(options.prompts) % (options.families or options.prompts)
 
 
+def _tree(options: TableOptions, horizon: int, *, eos: bool = True) -> Tree:
+    """The tree of answers; raises `CallError` when its tables would be too large."""
+    tree = Tree(options.symbols, horizon, eos)
+    if options.prompts * tree.nodes * tree.symbols > LARGEST:
+        shape = f"{options.prompts} prompts x {tree.nodes} prefixes x {tree.symbols} symbols"
+        raise CallError(f"a table of {shape} is too large: lower options.prompts, options.symbols or options.length")
+    return tree
+
+
 def _rough(tree: Tree, options: TableOptions) -> Float[Tensor, "P N V"]:
     shape = (options.prompts, tree.nodes, tree.symbols)
-    if shape[0] * shape[1] * shape[2] > LARGEST:
-        raise CallError(f"a table of {shape[0]} prompts x {shape[1]} prefixes x {shape[2]} symbols is too large: lower one of them")
     return options.roughness * torch.randn(shape, generator=_rng(options, "initial"), dtype=torch.float64)
 
 
@@ -144,7 +151,7 @@ def _paid(tree: Tree, reward: Float[Tensor, "P N V"], dense: float) -> Float[Ten
 
 def arms(o: ArmsOptions) -> World:
     """One decision; `right` right arms, or a graded reward with one best arm."""
-    tree = Tree(o.symbols, 1, eos=False)
+    tree = _tree(o, 1, eos=False)
     if o.right >= o.symbols:
         raise CallError(f"options.right = {o.right} must be below options.symbols = {o.symbols}")
     family = _family(o)
@@ -160,7 +167,7 @@ def arms(o: ArmsOptions) -> World:
 
 def tree(o: TreeOptions) -> World:
     """`right` right answers that end before the limit, `traps` that pay a little."""
-    shape = Tree(o.symbols, o.length)
+    shape = _tree(o, o.length)
     family, rng = _family(o), _rng(o, "right")
     # at least three decisions, and none at the limit, where some methods punish length; fewer where the limit allows no more
     deepest = max(o.length - 2, 0)
@@ -184,7 +191,7 @@ def tree(o: TreeOptions) -> World:
 
 def lengths(o: LengthsOptions) -> World:
     """Right answers of every length from 1 symbol to the limit; the policy at the start may lean towards long ones."""
-    shape = Tree(o.symbols, o.length)
+    shape = _tree(o, o.length)
     family, rng = _family(o), _rng(o, "right")
     whole = shape.ends() & ~shape.cut()
     right = torch.zeros(o.prompts, *whole.shape, dtype=torch.bool)
@@ -205,7 +212,7 @@ def style(o: StyleOptions) -> World:
     Both count bigrams and like a certain length. For each tic the proxy pays `hack`, the true score loses a quarter of the square
     of their number: near the start more of one is more of the other, far from it the proxy rises while the score falls.
     """
-    shape = Tree(o.symbols, o.length)
+    shape = _tree(o, o.length)
     family, rng = _family(o), _rng(o, "score")
     _, action, mask = shape.answers()
     w = shape.width

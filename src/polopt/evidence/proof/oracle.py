@@ -117,7 +117,7 @@ def expected_gradient(
         if loss.requires_grad:
             found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
             for k, g in zip(named, found, strict=True):
-                total[k] += unit.row["probability"][0] * (0.0 if g is None else g)
+                total[k] += unit.row["probability"][0] * (torch.zeros_like(total[k]) if g is None else g)
     return total
 
 
@@ -128,7 +128,7 @@ def deviation(found: Gradient, truth: Gradient) -> float:
 
 
 def reward_table(method: Method, policy: TablePolicy) -> Float[Tensor, "P N V"] | None:
-    """What the method's reward parts make of the world's rewards, for each decision; None if that depends on more than its prefix."""
+    """What the method's reward parts make of the world's rewards, by decision; None if that depends on more than its prefix."""
     world = policy.world
     batch = exact.enumerate_answers(world, policy)
     with torch.no_grad():
