@@ -75,6 +75,7 @@ class Table:
         self._console = console
         self._live: Live | None = None
         self._tails = {id(j): Tail(j.folder / "metrics.jsonl") for j in self.jobs if j.state == "done"}
+        self._told = False
         self._next = 0.0
         self._start = clock_start or time.monotonic()
         self._share0 = self._share()
@@ -122,9 +123,11 @@ class Table:
             from rich.console import Console
 
             self._console = Console()
-            if not self._console.is_terminal:
+        if not self._console.is_terminal or self._console.is_dumb_terminal:
+            if not self._told:
                 self._say(self.title)
-        if self._console.is_terminal and not self._console.is_dumb_terminal:
+            self._told = True
+        else:
             from rich.live import Live
 
             self._live = Live(
