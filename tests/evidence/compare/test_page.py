@@ -253,15 +253,27 @@ def test_thinned_curves_keep_their_ends() -> None:
 def test_axes_do_not_follow_wild_intervals() -> None:
     assert frame([0.0, 10.0], [-1000.0, 12.0]) == (-5.0, 12.0)
     assert frame([3.0], [1.0, 4.0]) == (1.0, 4.0)
+    assert frame([5.0, 5.1], [3.0, 7.0, 2.0, 8.2]) == (2.0, 8.2)  # all are wide: that is what there is to see
     assert frame([], [5.0]) == (0.0, 1.0)
 
 
 @pytest.mark.parametrize(
-    ("values", "digits"),
-    [([412.0, 395.0], 0), ([0.81, 0.79], 3), ([498.2, 499.1], 2), ([0.0123], 4), ([0.0], 0), ([], 0), ([12000.0, 1.0], 0)],
-)  # fmt: skip
-def test_decimals_of_a_column(values: list[float], digits: int) -> None:
-    assert decimals(values) == digits
+    ("values", "half", "digits"),
+    [
+        ([412.0, 395.0], None, 0),
+        ([0.81, 0.79], None, 3),
+        ([498.2, 499.1], None, 2),
+        ([498.2, 499.1], 10.0, 0),  # an interval of ±10 makes hundredths void
+        ([498.2, 499.1], 0.3, 2),
+        ([0.0123], None, 4),
+        ([0.0], None, 0),
+        ([], None, 0),
+        ([12000.0, 1.0], None, 0),
+    ],
+)
+def test_decimals_of_a_column(values: list[float], half: float | None, digits: int) -> None:
+    known = [{"value": v, "low": half and v - half, "high": half and v + half} for v in values]
+    assert decimals([None, *known]) == digits
 
 
 def test_fixed_numbers() -> None:

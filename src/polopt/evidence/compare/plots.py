@@ -166,14 +166,17 @@ def _limits(axes: Axes, curves: Sequence[Curve]) -> None:
 
 
 def frame(values: Sequence[float], bounds: Sequence[float]) -> tuple[float, float]:
-    """Ends of an axis: all values, and of their bounds as much as leaves half of the axis to the values.
+    """Ends of an axis: all values, and of their bounds as much as leaves the values apart.
 
-    Intervals of two seeds can be a hundred times as wide as everything else.
+    Bounds have half as much room on either side as the values take, or twice as much as is usual for them: one interval that is a
+    hundred times as wide as the others does not flatten everything else.
     """
     if not values:
         return 0.0, 1.0
     low, high = min(values), max(values)
-    room = 0.5 * (high - low) if high > low else math.inf
+    outside = sorted(max(low - b, b - high, 0.0) for b in bounds)
+    usual = outside[(len(outside) - 1) // 2] if outside else 0.0
+    room = max(0.5 * (high - low), 2 * usual)
     return max(min([low, *bounds]), low - room), min(max([high, *bounds]), high + room)
 
 

@@ -46,7 +46,7 @@ def results(found: Tree) -> str:
     """One row per contestant: final score and area under the curve with intervals, and how many runs count."""
     rows = found["contestants"]
     finals, areas = scale_of(c["final"] for c in rows), scale_of(c["area"] for c in rows)
-    digits = [decimals(c[k]["value"] for c in rows if c[k]) for k in ("final", "area")]
+    digits = [decimals(c[k] for c in rows) for k in ("final", "area")]
     best = "descending" if found["higher_is_better"] else "ascending"
     heads = [
         Head("Contestant", num=False),
@@ -117,36 +117,39 @@ def _pair_table(found: Tree, every: Sequence[Tree], measure: str, name: str) -> 
     places = {c["name"]: c["place"] for c in found["contestants"]}
     outcomes = [p[measure] for p in every]
     scale = scale_of((o["corrected"] for o in outcomes), zero=True)
-    digits = decimals(o["corrected"]["value"] for o in outcomes)
+    digits = decimals(o["corrected"] for o in outcomes)
     heads = [
         Head("First", num=False),
         Head("Second", num=False),
-        Head("Decision", num=False),
+        Head("First is", num=False, about="Decided where the corrected interval leaves out 0"),
         Head("Difference", "descending", about="First minus second, with its corrected interval"),
         Head("P(better)", "descending", about="Probability that the first is better than the second, with its interval"),
         Head("p", about="Two-sided, not corrected"),
         Head("p, corrected", about="Corrected for the number of comparisons"),
         Head("Seeds", about="Seeds that count for both"),
-        Head("Seeds needed", about="About how many seeds would tell, if the true difference were the one seen"),
+        Head(
+            "Seeds needed",
+            about="Of undecided pairs: about how many seeds in all would tell, if the true difference were the one seen",
+        ),
     ]
     rows = []
     for p, o in zip(every, outcomes, strict=True):
         cells = [
             who(p["a"], places[p["a"]]),
             Cell(who(p["b"], places[p["b"]]).html),
-            Cell(badge(o["decision"], _decided(o))),
+            Cell(badge(o["decision"])),
             estimate(o["corrected"], scale, places[p["a"]], digits=digits, zero=True),
             _chance(o["improvement"]),
             numeric(o["difference"]["p"], "p"),
             numeric(o["p_adjusted"], "p"),
             numeric(p["seeds"]),
-            _needed(o["seeds_needed"]),
+            _needed(o["seeds_needed"] if o["decision"] == "undecided" else None),
         ]
         rows.append(({"name": f"{p['a']} {p['b']}", "decision": o["decision"]}, cells))
     filters = ""
     if len(every) > 5:
         words = sorted({o["decision"] for o in outcomes})
-        filters = tools(name, [text_filter("Contestant", "name"), choice_filter("Decision", "decision", words)])
+        filters = tools(name, [text_filter("Contestant", "name"), choice_filter("First is", "decision", words)])
     return filters + table(heads, rows, name)
 
 
@@ -161,11 +164,6 @@ def _needed(n: int | None) -> Cell:
     return Cell(f"over {MOST_SEEDS:,}" if n > MOST_SEEDS else f"{n:,}", float(n))
 
 
-def _decided(p: Tree) -> str:
-    word = str(p["decision"])
-    return {"better": "first is better", "worse": "second is better"}.get(word, word)
-
-
 def _matrix(found: Tree, every: Sequence[Tree]) -> str:
     """Row minus column."""
     names = [c["name"] for c in found["contestants"]]
@@ -174,7 +172,7 @@ def _matrix(found: Tree, every: Sequence[Tree]) -> str:
         f'<th scope="col">{swatch(c["place"])}<br><span title="{escape(c["name"])}">{escape(c["name"])}</span></th>'
         for c in found["contestants"]
     )
-    body, digits = "", decimals(p["final"]["difference"]["value"] for p in every)
+    body, digits = "", decimals(p["final"]["corrected"] for p in every)
     for c in found["contestants"]:
         cells = "".join(_matrix_cell(known, c["name"], other, digits) for other in names)
         body += f"<tr>{_row_head(c)}{cells}</tr>"

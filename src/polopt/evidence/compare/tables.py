@@ -50,7 +50,7 @@ def numeric(x: float | None, kind: str = "") -> Cell:
 
 
 def _p(x: float) -> str:
-    return "<0.0001" if x < 1e-4 else f"{x:.2g}" if x < 0.01 else f"{x:.2f}"
+    return "<0.0001" if x < 1e-4 else f"{x:.4f}" if x < 1e-3 else f"{x:.3f}"
 
 
 def table(heads: Sequence[Head], rows: Iterable[tuple[Mapping[str, str], Sequence[Cell]]], name: str) -> str:
@@ -139,13 +139,15 @@ def scale_of(estimates: Iterable[Tree | None], *, zero: bool = False) -> tuple[f
     return frame(values, [e[k] for e in known for k in ("low", "high") if e[k] is not None])
 
 
-def decimals(values: Iterable[float]) -> int:
-    """Decimals with which the numbers of a column show three digits of the largest, and two of how far they are apart."""
-    known = [v for v in values if math.isfinite(v)]
-    sizes = [3 - _digits(max(map(abs, known), default=0.0))]
-    if len(known) > 1:
-        sizes.append(min(2 - _digits(max(known) - min(known)), sizes[0] + 3))
-    return min(max(0, *sizes), 9)
+def decimals(estimates: Iterable[Tree | None]) -> int:
+    """Decimals of a column: three digits of the largest number, two of how far all are apart, at most two of an interval."""
+    known = [e for e in estimates if e and e["value"] is not None]
+    values = [float(e["value"]) for e in known]
+    widths = [w for e in known if e["low"] is not None and (w := float(e["high"]) - float(e["low"])) > 0]
+    largest = 3 - _digits(max(map(abs, values), default=0.0))
+    apart = 2 - _digits(max(values) - min(values)) if len(values) > 1 else largest
+    finest = 2 - _digits(min(widths)) if widths else largest + 3
+    return min(max(0, largest, min(apart, finest, largest + 3)), 9)
 
 
 def _digits(x: float) -> int:
