@@ -17,6 +17,8 @@ COMMANDS = {
     "resume": ("polopt.cli.train", "resume", "continue a run from its last checkpoint"),
     "eval": ("polopt.cli.train", "evaluate", "score a run's policy on held-out seeds or prompts"),
     "compare": ("polopt.cli.compare", "compare", "compare methods on a task at equal budget, with intervals"),
+    "certify": ("polopt.cli.certify", "certify", "check a method: identities, theory, golden trajectory, resume, learning floor"),
+    "evidence": ("polopt.cli.evidence", "evidence", "run a method's miniature experiment, store the result, check it"),
     "report": ("polopt.cli.show", "report", "write a self-contained HTML page about a run"),
     "explain": ("polopt.cli.show", "explain", "a method in words: chain, equations, settings, papers"),
     "diff": ("polopt.cli.show", "diff", "every setting in which two methods differ, and the proof that nothing else does"),
@@ -41,7 +43,9 @@ class Parser(argparse.ArgumentParser):
 
 def build_parser() -> Parser:
     """The parser of everything but nested settings (see `polopt.cli.words`)."""
+    from polopt.cli.certify import arguments as certify_arguments
     from polopt.cli.compare import arguments as compare_arguments
+    from polopt.cli.evidence import arguments as evidence_arguments
 
     parser = Parser(prog="polopt", description="Policy optimization as small parts that combine.", allow_abbrev=False)
     parser.add_argument("--version", action="store_true", help="show the version and end")
@@ -53,6 +57,8 @@ def build_parser() -> Parser:
         sub.add_argument("--debug", action="store_true", help="show tracebacks")
     train_arguments(subs["train"])
     compare_arguments(subs["compare"])
+    evidence_arguments(subs["evidence"])
+    certify_arguments(subs["certify"])
     sub = subs["resume"]
     sub.add_argument("run", metavar="RUN", help="a run's folder")
     sub.add_argument("--budget", help="a new total budget, e.g. 400k-decisions")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from polopt.errors import unknown
@@ -31,26 +32,41 @@ def diff(args: argparse.Namespace) -> int:
 def methods(args: argparse.Namespace) -> int:
     """`polopt methods [--json]`."""
     from polopt import api
+    from polopt.evidence.proof import stored
 
     found = api.methods()
     if args.json:
-        print(json.dumps([_as_json(m) for m in found.values()], indent=2))
+        print(json.dumps([_as_json(m) | stored.summary(m) for m in found.values()], indent=2))
         return 0
     children: dict[str | None, list[str]] = {}
     for name, m in found.items():
         children.setdefault(m.parent.name if m.parent and m.parent.name in found else None, []).append(name)
 
-    def show(name: str, depth: int) -> None:
+    def rows(name: str, depth: int) -> Iterator[tuple[str, ...]]:
         m = found[name]
         about = m.title or next(iter(inspect.cleandoc(m.doc).splitlines()), "")
-        papers = ", ".join(str(x) for x in (m.paper, m.year) if x)
-        print(f"{'  ' * depth + name:<28} {about}{f' ({papers})' if papers else ''}")
+        yield ("  " * depth + name, about, ", ".join(str(x) for x in (m.paper, m.year) if x), *stored.words(m))
         for child in children.get(name, []):
-            show(child, depth + 1)
+            yield from rows(child, depth + 1)
 
-    for root in children.get(None, []):
-        show(root, 0)
+    print(
+        columns(
+            [("method", "what it is", "paper", "evidence", "certificate"), *(r for c in children.get(None, []) for r in rows(c, 0))]
+        )
+    )
     return 0
+
+
+def columns(rows: Sequence[tuple[str, ...]], most: int = 132) -> str:
+    """Rows in aligned columns, at most `most` wide: the widest column but the first is cut where that is needed."""
+    width = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    while sum(width) + 2 * (len(width) - 1) > most:
+        width[max(range(1, len(width)), key=lambda i: width[i])] -= 1
+
+    def cell(text: str, n: int) -> str:
+        return text.ljust(n) if len(text) <= n else f"{text[: n - 1]}…"
+
+    return "\n".join("  ".join(map(cell, row, width)).rstrip() for row in rows)
 
 
 def _as_json(method: Any) -> dict[str, Any]:
@@ -65,6 +81,7 @@ def _as_json(method: Any) -> dict[str, Any]:
             settings[path] = leaf.value if isinstance(leaf.value, int | float | str | None) else str(leaf.value)
     return {
         "name": method.name,
+        "card": method.card,
         "parent": method.parent.name if method.parent else None,
         "title": method.title,
         "paper": method.paper,

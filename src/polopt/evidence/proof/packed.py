@@ -93,11 +93,11 @@ def _narrow(x: Tensor) -> Tensor:
 # -------------------------------------------------------------------- files
 def write(path: Path, tensors: Mapping[str, Tensor], document: Mapping[str, Any]) -> None:
     """One safetensors file, atomically, with a JSON document in its header."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    save_file(dict(tensors), str(temporary), metadata={"document": json.dumps(document, separators=(",", ":"))})
+    temporary.write_bytes(save(dict(tensors), {"document": json.dumps(document, separators=(",", ":"))}))
     temporary.replace(path)
 
 

@@ -18,6 +18,7 @@ from polopt.paths import Slot, method_leaves
 
 FOLDER = "evidence"
 CERTIFICATES, GOLDEN = "certificates", "golden"
+RESULTS = ("shown", "not shown", "undecided")
 
 
 # -------------------------------------------------------------------- where
@@ -58,7 +59,10 @@ def read(path: Path) -> dict[str, Any]:
 def evidence(name: str) -> dict[str, Any] | None:
     """The stored result of a method's miniature experiment."""
     path = find(f"{name}.json")
-    return read(path) if path else None
+    found = read(path) if path else None
+    if found is not None and found.get("result") not in RESULTS:
+        raise CallError(f"{path} is damaged: its result is {found.get('result')!r}, expected {', '.join(RESULTS)}")
+    return found
 
 
 def certificate(name: str) -> dict[str, Any] | None:
@@ -83,6 +87,14 @@ def summary(method: Method) -> dict[str, Any]:
 
 def _brief(proof: Mapping[str, Any]) -> dict[str, Any]:
     return {k: proof.get(k) for k in ("certified", "line", "reasons", "date", "commit", "seconds", "command")}
+
+
+def words(method: Method) -> tuple[str, str]:
+    """Evidence and certificate in a word each; "-" where nothing is stored."""
+    found = summary(method)
+    proof = found["certificate"]
+    state = "-" if proof is None else "NOT certified" if not proof["certified"] else "stale" if proof["stale"] else "certified"
+    return str(found["evidence"]["result"]) if found["evidence"] else "-", state
 
 
 # -------------------------------------------------------------------- whether it still holds
@@ -121,4 +133,4 @@ def sources(cls: Hashable) -> frozenset[Path]:
     return frozenset(found.values())
 
 
-__all__ = ["certificate", "evidence", "find", "fingerprint", "folders", "home", "read", "summary"]
+__all__ = ["certificate", "evidence", "find", "fingerprint", "folders", "home", "read", "summary", "words"]
