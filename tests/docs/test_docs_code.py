@@ -1,7 +1,7 @@
 """Every code block of README, CONTRIBUTING and the documentation runs, and computed tables are up to date.
 
 Blocks of a page run in order, in one namespace and one empty folder. Blocks with a title are written to that file;
-`python` blocks are executed; in `bash` blocks, lines that start with `polopt` are run: training as a dry run, and what
+`python` blocks are executed; in `bash` blocks, lines that start with `polopt` are run: training and comparing as a dry run, and what
 needs a run that the page did not make is only parsed.
 """
 
@@ -46,7 +46,7 @@ def test_code_of_a_page_runs(page: Path, folder: Path) -> None:
 
 
 def run_command(words: list[str], where: str) -> None:
-    if words[0] == "train" and "--help" not in words:
+    if words[0] in ("train", "compare") and "--help" not in words:
         words = [*words, "--dry-run"]
     if words[0] in ("resume", "eval", "report") and not Path(words[1]).exists():
         build_parser().parse_args(words)

@@ -49,6 +49,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         help="what is tried, also PATH=A|B|C [the rates of all updates, from a tenth to ten times]",
     )  # fmt: skip
     sub.add_argument("--timeout", type=float, metavar="S", help="give up a run without new metrics for so many seconds [never]")
+    sub.add_argument("--dry-run", action="store_true", help="show what would run; run nothing")
     sub.add_argument("--quiet", action="store_true", help="no table while it runs")
 
 
@@ -60,15 +61,18 @@ def compare(args: argparse.Namespace, settings: dict[str, str]) -> int:
     for name in ("task", "budget"):
         if getattr(args, name) is None:
             raise CallError(f"polopt compare needs --{name}; 'polopt compare --help' shows how")
-    from polopt.evidence.compare.run import compare as carry_out
+    from polopt.evidence.compare import run
 
-    found = carry_out(
-        args.methods, args.task, budget=args.budget, seeds=args.seeds, out=args.out, jobs=args.jobs, baseline=args.baseline,
-        metric=args.metric, lower_is_better=args.lower_is_better, points=args.points, episodes=args.episodes,
-        external=args.external, tune=args.tune, tune_seeds=args.tune_seeds, search=args.search, timeout=args.timeout,
-        quiet=args.quiet, overrides=settings, source="command line",
-    )  # fmt: skip
-    return _say(found)
+    asking = {
+        "budget": args.budget, "seeds": args.seeds, "baseline": args.baseline, "metric": args.metric,
+        "lower_is_better": args.lower_is_better, "points": args.points, "episodes": args.episodes, "external": args.external,
+        "tune": args.tune, "tune_seeds": args.tune_seeds, "search": args.search, "overrides": settings, "source": "command line",
+        "out": args.out, "jobs": args.jobs, "timeout": args.timeout,
+    }  # fmt: skip
+    if args.dry_run:
+        print(run.describe(args.methods, args.task, **asking))
+        return 0
+    return _say(run.compare(args.methods, args.task, quiet=args.quiet, **asking))
 
 
 def _say(found: Compared) -> int:

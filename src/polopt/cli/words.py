@@ -25,7 +25,7 @@ COMPARE = {
         ),
         True,
     ),
-    **dict.fromkeys(("--lower-is-better", "--quiet", "--debug", "--help", "-h"), False),
+    **dict.fromkeys(("--lower-is-better", "--dry-run", "--quiet", "--debug", "--help", "-h"), False),
 }  # fmt: skip
 #: Commands that take settings besides their own options.
 TAKING = {"train": OWN, "compare": COMPARE}

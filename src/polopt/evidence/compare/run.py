@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import time
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -32,6 +32,7 @@ from polopt.evidence.compare.read import PLAN, SPENT, read_comparison
 from polopt.evidence.compare.results import Comparison
 from polopt.evidence.compare.schedule import Job, Scheduler
 from polopt.evidence.compare.worker import modules_for
+from polopt.loops.plan import planned_updates
 from polopt.run import Budget, RunFolder, environment
 
 if TYPE_CHECKING:
@@ -66,14 +67,12 @@ class Compared:
         return self.words
 
 
-def compare(
+def ask(
     contestants: Any,
     task: Any,
     *,
     budget: str,
     seeds: int | str | Sequence[int] = 5,
-    out: str | Path | None = None,
-    jobs: int | None = None,
     baseline: str | None = None,
     metric: str = "eval_score",
     lower_is_better: bool = False,
@@ -83,39 +82,68 @@ def compare(
     tune_seeds: int = 2,
     search: Sequence[str] = (),
     external: Mapping[str, str] | Sequence[str] = (),
-    timeout: float | None = None,
-    page: bool = True,
-    quiet: bool = True,
     overrides: Mapping[str, Any] | None = None,
     source: str = "call",
     **settings: Any,
-) -> Compared:
-    """Compare methods on a task at equal budget and with paired seeds, as `polopt compare` does.
-
-    contestants: words ("ppo", "mine=ppo,epochs=4"), `Method` values or (method, {setting: value}), or a mapping of names to these.
-    seeds: how many, or which. out: the folder (default: runs/compare-<contestants>-<task>); what is finished there is used, what
-    was interrupted goes on. jobs: runs side by side (default: as many as there are cores; 1 on an accelerator). points:
-    evaluations, spread evenly over the budget; episodes: per evaluation. tune: settings to try for each contestant alike, on
-    `tune_seeds` other seeds. external: commands of other programs by name. timeout: seconds without new metrics after which a run
-    is given up. Settings for all contestants go into `overrides` by dotted path, or are keywords with `__` for each dot.
-
-    Raises `CallError` for what cannot work, before anything runs. Ctrl-C saves all runs and returns.
-    """
+) -> Asked:
+    """What is to be compared, in one value; source says where settings were given. Raises `CallError` for unknown names."""
     given = dict(overrides or {}) | {k.replace("__", "."): v for k, v in settings.items()}
     entries = [*(entries_of(contestants) if contestants else []), *external_entries(external)]
-    asked = Asked(
+    return Asked(
         entries=tuple(entries), task=task, seeds=seeds_of(seeds), budget=Budget.parse(budget), settings=given, points=points,
         episodes=episodes, metric=metric, higher_is_better=not lower_is_better, baseline=baseline, tune=tune,
         tune_seeds=tune_seeds, search=tuple(search), source=source,
     )  # fmt: skip
+
+
+def compare(
+    contestants: Any,
+    task: Any,
+    *,
+    out: str | Path | None = None,
+    jobs: int | None = None,
+    timeout: float | None = None,
+    page: bool = True,
+    quiet: bool = True,
+    **asking: Any,
+) -> Compared:
+    """Run what was asked for (see `polopt.compare` and `ask`): every contestant on every seed, side by side."""
+    comparing = _begin(contestants, task, out, jobs, timeout, quiet, asking)
+    with _alone(comparing.folder):
+        return comparing.carry_out(page=page)
+
+
+def describe(
+    contestants: Any,
+    task: Any,
+    *,
+    out: str | Path | None = None,
+    jobs: int | None = None,
+    timeout: float | None = None,
+    **asking: Any,
+) -> str:
+    """What `compare` would run with the same arguments, in words; runs nothing and writes nothing."""
+    comparing = _begin(contestants, task, out, jobs, timeout, True, asking)
+    comparing.refuse_others()
+    return comparing.describe()
+
+
+def _begin(
+    contestants: Any,
+    task: Any,
+    out: str | Path | None,
+    jobs: int | None,
+    timeout: float | None,
+    quiet: bool,
+    asking: dict[str, Any],
+) -> _Comparing:
+    asked = ask(contestants, task, **asking)
     if jobs is not None and jobs < 1:
         raise CallError(f"--jobs {jobs}: at least 1 is needed")
     if timeout is not None and not timeout > 0:
         raise CallError(f"--timeout {timeout:g}: must be positive")
     arms = ready(asked)
-    folder = _folder(asked, out)
-    with _alone(folder):
-        return _Comparing(asked, arms, folder, jobs, timeout, quiet).carry_out(page=page)
+    return _Comparing(asked, arms, _folder(asked, out), jobs, timeout, quiet)
 
 
 def _folder(asked: Asked, out: str | Path | None) -> Path:
@@ -168,7 +196,6 @@ class _Comparing:
         self.versions = {**environment(), "cpu": _cpu()}
         self.notes: list[str] = []
         self.command = command_of(asked, folder, jobs)
-        self.start = time.monotonic()
 
     def carry_out(self, *, page: bool) -> Compared:
         """Tune, run, read, weigh, show."""
@@ -196,10 +223,38 @@ class _Comparing:
             scheduler.close()
         found = read_comparison(self.folder)
         from polopt.evidence.compare.analysis import analyse
-        from polopt.evidence.compare.page import make_page
 
         analysis = analyse(found)
-        return Compared(found, analysis, make_page(found, analysis, self.folder) if page else None, scheduler.signal)
+        if not page or scheduler.signal is not None:
+            return Compared(found, analysis, None, scheduler.signal)
+        from polopt.evidence.compare.page import make_page
+
+        return Compared(found, analysis, make_page(found, analysis, self.folder))
+
+    def describe(self) -> str:
+        """Contestants, runs and updates, before anything runs."""
+        a = self.asked
+        lines = [
+            f"{len(self.arms)} x {len(a.seeds)} runs on {a.task_name}, {a.text} each, {self.slots} at a time, in {self.folder}"
+        ]
+        for arm in self.arms:
+            words = [f"  {arm.name}:"]
+            if arm.resolved is None:
+                words.append(shlex.join(external_words(a, arm.entry, a.seeds[0], self.place(arm) / f"s{a.seeds[0]}")))
+            elif (updates := planned_updates(arm.resolved.method, arm.resolved.task, arm.resolved.settings)) is not None:
+                words.append(f"{updates[0]:,}{f' to {updates[1]:,}' * (updates[0] < updates[1])} updates per run")
+            there = sum(self._finished(arm, seed) for seed in a.seeds)
+            lines.append(" ".join(words) + f" ({there} of {len(a.seeds)} runs are there)" * bool(there))
+        if a.tune:
+            lines.append(f"before that {a.tune} settings x {a.tune_seeds} seeds for each method to tune it")
+        return "\n".join(lines)
+
+    def _finished(self, arm: Arm, seed: int) -> bool:
+        look = inspect_external if arm.resolved is None else inspect_run
+        try:
+            return look(self.place(arm) / f"s{seed}") == "finished"
+        except Damaged:
+            return False
 
     def run(self, scheduler: Scheduler, jobs: Sequence[Job], what: str = "comparing") -> bool:
         """Run jobs under a table; False when a signal ended it."""
@@ -370,4 +425,4 @@ def _cpu() -> str | None:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
 
 
-__all__ = ["Compared", "compare"]
+__all__ = ["Compared", "ask", "compare", "describe"]

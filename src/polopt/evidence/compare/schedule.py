@@ -219,7 +219,7 @@ class Scheduler:
         lost, again = list(self._active), []
         for number in lost:
             _wait_for(self._active[number].pid)
-            job = self._ended({"id": number, "status": -signal.SIGKILL, "rss": 0})
+            job = self._ended({"id": number, "status": -signal.SIGKILL, "rss": 0, "cpu": 0.0})
             again += [job] if job is not None else []
         return again
 
@@ -230,7 +230,8 @@ class Scheduler:
         record = read_record(job.folder)
         wall = float(record.get("wall_seconds") or 0.0) + time.monotonic() - job.began
         peak = max(int(record.get("peak_rss") or 0), int(answer["rss"]))
-        note(job.folder, wall_seconds=round(wall, 3), peak_rss=peak)
+        cpu = float(record.get("cpu_seconds") or 0.0) + float(answer["cpu"])
+        note(job.folder, wall_seconds=round(wall, 3), cpu_seconds=round(cpu, 3), peak_rss=peak)
         stopped = self.signal is not None
         if status < 0 and not stopped and not job.error:
             job.killed += 1

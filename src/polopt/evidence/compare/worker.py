@@ -1,8 +1,8 @@
 """The process that runs jobs: it imports the library once, and forks a child for each run.
 
 It speaks lines of JSON. In: {"preload": [modules]}, a job {"id", "folder", "record", "notes", "spec" or "words"}, {"signal": n,
-"id": job or none for all}. Out: {"ready": seconds}, {"id", "pid"} when a child was started, {"id", "status", "rss"} when it ended
-(its exit status, or minus the signal). Nothing is computed before a fork, so that children start from a process with one thread.
+"id": job or none for all}. Out: {"ready": seconds}, {"id", "pid"} when a child was started, {"id", "status", "rss", "cpu"} when
+it ended (its exit status or minus the signal, bytes, seconds). Nothing is computed before a fork, so that children start from a process with one thread.
 When its input ends (the comparison's process is gone) it asks its children to save and end.
 """
 
@@ -141,7 +141,8 @@ class Server:
                 continue
             job, _ = self.children.pop(pid)
             rss = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-            self.tell({"id": job, "status": os.waitstatus_to_exitcode(status), "rss": rss})
+            cpu = usage.ru_utime + usage.ru_stime
+            self.tell({"id": job, "status": os.waitstatus_to_exitcode(status), "rss": rss, "cpu": cpu})
 
     def send_signal(self, number: int, job: int | None = None) -> None:
         """To one child or to all; programs get it with everything that they started."""
