@@ -97,7 +97,7 @@ def moved_policy(world: World, seed: int = 1) -> TablePolicy:
     rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in policy.net.parameters():
-            p += 0.5 * torch.randn(p.shape, generator=rng, dtype=p.dtype)
+            p.add_(torch.randn(p.shape, generator=rng, dtype=p.dtype), alpha=0.5)
     return policy
 
 
