@@ -265,6 +265,7 @@ def test_axes_do_not_follow_wild_intervals() -> None:
         ([498.2, 499.1], None, 2),
         ([498.2, 499.1], 10.0, 0),  # an interval of ±10 makes hundredths void
         ([498.2, 499.1], 0.3, 2),
+        ([0.0231], 0.04, 3),
         ([0.0123], None, 4),
         ([0.0], None, 0),
         ([], None, 0),

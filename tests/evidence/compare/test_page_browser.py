@@ -268,6 +268,18 @@ def test_fits_a_phone(name: str, visit: Open, pages: dict[str, Path]) -> None:
         assert re.match(r"At [\d,]+ decisions:", page.locator(".at").text_content())
 
 
+def test_digits_and_bars_do_not_overlap(visit: Open, pages: dict[str, Path]) -> None:
+    page = visit(pages["few"])
+    overlaps = """cells => cells.filter(c => {
+      const [value, range, bar] = [...c.children].map(e => { const r = document.createRange(); r.selectNodeContents(e);
+                                                             return (e.className === 'bar' ? e : r).getBoundingClientRect(); });
+      return value.right > range.left || range.right > bar.left;
+    }).length"""
+    cells = page.locator(".est:visible").count()
+    assert cells == 14
+    assert page.eval_on_selector_all(".est", overlaps.replace("cells.filter", "cells.filter(c => c.offsetParent).filter")) == 0
+
+
 def test_dark_is_dark(visit: Open, pages: dict[str, Path]) -> None:
     def light(colour: str) -> float:
         r, g, b = (int(v) for v in re.findall(r"\d+", colour)[:3])

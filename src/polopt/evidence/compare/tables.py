@@ -147,7 +147,7 @@ def decimals(estimates: Iterable[Tree | None]) -> int:
     largest = 3 - _digits(max(map(abs, values), default=0.0))
     apart = 2 - _digits(max(values) - min(values)) if len(values) > 1 else largest
     finest = 2 - _digits(min(widths)) if widths else largest + 3
-    return min(max(0, largest, min(apart, finest, largest + 3)), 9)
+    return min(max(0, min(max(largest, min(apart, largest + 3)), finest)), 9)
 
 
 def _digits(x: float) -> int:
