@@ -14,7 +14,19 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from polopt.api import compare, diff, evaluate, explain, load, method, methods, resume, train
+    from polopt.api import (
+        check_evidence,
+        compare,
+        diff,
+        evaluate,
+        explain,
+        gather_evidence,
+        load,
+        method,
+        methods,
+        resume,
+        train,
+    )
     from polopt.batch import Batch
     from polopt.errors import CallError, PoloptError
     from polopt.method import Method, Update
@@ -26,6 +38,7 @@ if TYPE_CHECKING:
 #: public name -> module that defines it
 _HOME = {
     **dict.fromkeys(("compare", "diff", "evaluate", "explain", "load", "method", "methods", "resume", "train"), "polopt.api"),
+    **dict.fromkeys(("check_evidence", "gather_evidence"), "polopt.api"),
     "Batch": "polopt.batch",
     **dict.fromkeys(("CallError", "PoloptError"), "polopt.errors"),
     **dict.fromkeys(("Method", "Update"), "polopt.method"),
@@ -34,8 +47,8 @@ _HOME = {
 }
 
 __all__ = [
-    "Batch", "CallError", "Method", "Part", "PoloptError", "Range", "Update", "__version__", "compare", "diff", "evaluate",
-    "explain", "load", "method", "methods", "register", "register_part", "resume", "train",
+    "Batch", "CallError", "Method", "Part", "PoloptError", "Range", "Update", "__version__", "check_evidence", "compare", "diff",
+    "evaluate", "explain", "gather_evidence", "load", "method", "methods", "register", "register_part", "resume", "train",
 ]  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from polopt.run import RunFolder
 
 if TYPE_CHECKING:
     from polopt.evidence.compare.run import Compared
+    from polopt.evidence.proof.gather import Checked, Gathered
     from polopt.interfaces import Observer, Policy, Task
     from polopt.loops.drive import Run
 
@@ -175,8 +176,32 @@ def compare(
     return compare(
         contestants, task, budget=budget, seeds=seeds, out=out, jobs=jobs, baseline=baseline, metric=metric,
         lower_is_better=lower_is_better, points=points, episodes=episodes, tune=tune, tune_seeds=tune_seeds, search=search,
-        external=external, timeout=timeout, page=page, quiet=quiet, overrides=_rewards_to_options({**(overrides or {}), **settings}),
+        external=external, timeout=timeout, page=page, quiet=quiet,
+        overrides=_rewards_to_options({**(overrides or {}), **settings}),
     )  # fmt: skip
+
+
+# -------------------------------------------------------------------- evidence
+def gather_evidence(
+    which: str | Method, *, out: str | Path | None = None, jobs: int | None = None, again: bool = False, quiet: bool = True
+) -> Gathered:
+    """Run a method's miniature experiment, judge it and store the result, as `polopt evidence METHOD` does.
+
+    out: where results are stored (default: `evidence` here or in the repository). A stored result of the present experiment is
+    given back as it is, unless `again`. Runs are kept in runs/evidence: none is done twice, and what was interrupted goes on.
+    Raises `CallError` for a method that declares no miniature.
+    """
+    from polopt.evidence.proof.gather import Evidence
+
+    return Evidence(out, jobs=jobs, again=again, quiet=quiet).gather(which)
+
+
+def check_evidence(which: str | Method, *, out: str | Path | None = None, jobs: int | None = None, quiet: bool = True) -> Checked:
+    """Repeat a stored experiment in a temporary folder and compare; nothing is stored. Raises `CallError` if none is stored."""
+    from polopt.evidence.proof.gather import Evidence, temporary
+
+    with temporary() as place:
+        return Evidence(out, runs=place, jobs=jobs, quiet=quiet).check(which)
 
 
 # -------------------------------------------------------------------- runs on disk
@@ -221,4 +246,7 @@ def _which(which: str) -> str:
     return which
 
 
-__all__ = ["compare", "diff", "evaluate", "explain", "launch", "load", "method", "methods", "resume", "train"]
+__all__ = [
+    "check_evidence", "compare", "diff", "evaluate", "explain", "gather_evidence", "launch", "load", "method", "methods", "resume",
+    "train",
+]  # fmt: skip
