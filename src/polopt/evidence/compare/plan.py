@@ -12,6 +12,7 @@ from polopt.errors import CallError, Misfit, unknown
 from polopt.evidence.compare.entries import Entry, fill, plain, refuse_command, refuse_names, slug, word_of
 from polopt.loops.build import iteration_size
 from polopt.overrides import Layer, Resolved, resolve
+from polopt.paths import guess
 from polopt.registry import all_methods
 from polopt.run import Budget
 
@@ -208,7 +209,7 @@ def _has(asked: Asked, entry: Entry, path: str) -> bool:
 
 
 def _task(asked: Asked) -> Task | None:
-    """The task with its options, checked; None where only external programs run on a task of their own."""
+    """The task with its options, checked; None where only external programs run, on a task of their own."""
     if not isinstance(asked.task, str):
         return asked.task
     if all(e.command for e in asked.entries):
@@ -216,7 +217,11 @@ def _task(asked: Asked) -> Task | None:
     from polopt.tasks import make
 
     options = {k.partition(".")[2]: v for k, v in asked.settings.items() if k.startswith(("options.", "task."))}
-    return make(asked.task, options)
+    made = make(asked.task, {k: guess(v) if isinstance(v, str) else v for k, v in options.items()})
+    check = getattr(made, "check", None)
+    if check is not None:
+        check()
+    return made
 
 
 def _no_fit(asked: Asked, misfits: Mapping[str, Misfit], task: Task | None) -> CallError:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from polopt.errors import CallError
+from polopt.errors import CallError, nearest
 from polopt.evidence.compare.folders import Damaged, read_metrics, read_record
 from polopt.evidence.compare.results import Comparison, Contestant, RunResult, Status
 
@@ -103,7 +103,7 @@ def _judge(
 ) -> tuple[Status, str]:  # fmt: skip
     """Whether a run that ended by itself counts: its last score is a number, and it spent the budget."""
     if not score:
-        return "failed", f"no '{plan['metric']}' in metrics.jsonl"
+        return "failed", f"no '{plan['metric']}' in metrics.jsonl{nearest(plan['metric'], {k for line in lines for k in line})}"
     if not math.isfinite(score[-1]):
         return "failed", f"its last {plan['metric']} is not a number"
     if contestant.command:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -218,6 +219,7 @@ class _Comparing:
             if scheduler.signal is None:
                 jobs = [self.make_jobs(arm, self.place(arm), self.asked.seeds) for arm in self.arms]
                 paired = [job for same_seed in zip(*jobs, strict=True) for job in same_seed]
+                scheduler.idle = _weighing
                 self.run(scheduler, paired)
         finally:
             scheduler.close()
@@ -404,6 +406,12 @@ def _refuse_other_program(path: Path, program: Mapping[str, Any]) -> None:
                 f"{path} holds a run of a program with {key} = {record.get(key)}, this comparison has {value}; give another --out, "
                 "or move that folder away to run it anew"
             )
+
+
+def _weighing() -> None:
+    """Import what is needed after the last run."""
+    for name in ("scipy.stats", "polopt.evidence.compare.analysis", "polopt.evidence.compare.page", "matplotlib.figure"):
+        import_module(name)
 
 
 class _Silent:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -146,6 +146,7 @@ class Scheduler:
     ) -> None:
         self.out, self.slots, self.preload, self.watcher, self.timeout, self.wait = out, jobs, preload, watcher, timeout, wait
         self.signal: int | None = None
+        self.idle: Callable[[], object] | None = None  # called once, when a core has nothing left to do
         self._again = False
         self._worker: Worker | None = None
         self._restarts = 0
@@ -186,6 +187,9 @@ class Scheduler:
                         waiting = [*([job] if job is not None else []), *waiting]
                 self._watch_time()
                 self.watcher.tick()
+                if self.idle is not None and not waiting and len(self._active) < self.slots:
+                    self.idle()
+                    self.idle = None
 
     def _drop(self, waiting: list[Job]) -> list[Job]:
         for job in waiting:

@@ -1,9 +1,10 @@
 """The process that runs jobs: it imports the library once, and forks a child for each run.
 
-It speaks lines of JSON. In: {"preload": [modules]}, a job {"id", "folder", "record", "notes", "spec" or "words"}, {"signal": n,
-"id": job or none for all}. Out: {"ready": seconds}, {"id", "pid"} when a child was started, {"id", "status", "rss", "cpu"} when
-it ended (its exit status or minus the signal, bytes, seconds). Nothing is computed before a fork, so that children start from a process with one thread.
-When its input ends (the comparison's process is gone) it asks its children to save and end.
+It speaks lines of JSON. In: {"preload": [modules]}; a job {"id", "folder", "record", "notes", "spec" or "words"};
+{"signal": n, "id": job, or none for all}. Out: {"ready": seconds}; {"id", "pid"} when a child was started; {"id", "status",
+"rss", "cpu"} when it ended (exit status or minus the signal, bytes, seconds). Nothing is computed before a fork, so that
+children start from a process with one thread. When its input ends (the comparison's process is gone) it asks its children to
+save and end.
 """
 
 from __future__ import annotations
