@@ -182,6 +182,7 @@ def test_holm_on_a_worked_example() -> None:
     assert holm(np.array([]))[0].size == 0
 
 
+@settings(deadline=None)
 @given(p=hnp.arrays(np.float64, st.integers(1, 12), elements=st.floats(0, 1)))
 def test_holm_decides_as_the_levels_say(p: np.ndarray) -> None:
     adjusted, level = holm(p)

@@ -84,9 +84,14 @@ def test_undecided_says_how_many_more_seeds_would_tell() -> None:
 
 
 def test_differences_that_no_number_of_seeds_would_tell_are_called_small() -> None:
-    centred = np.array([0.1, -0.1, 0.2, -0.2, 0.001])
-    said = verdict(found({"a": 0.5 + centred, "b": [0.5] * 5}))
-    assert said[0].startswith("Undecided with these seeds; it would take more than 200 more: any difference is small (a against b")
+    for middle in (0.001, 0.1):
+        analysis = found({"a": 0.5 + np.array([0.1, -0.1, 0.2, -0.2, middle]), "b": [0.5] * 5})
+        said, needed = verdict(analysis), analysis.pairs[0].final.seeds_needed
+        assert needed is not None
+        assert (needed == 10_001) if middle < 0.01 else (205 < needed < 1000)
+        assert said[0].startswith(
+            "Undecided with these seeds; it would take more than 200 more: any difference is small (a against b"
+        )
 
 
 def test_narrow_interval_around_zero_is_no_difference() -> None:
