@@ -9,7 +9,7 @@ the generation limit, as in the released code.
 Not included: the paper's study of templates and base models.
 """
 
-from polopt.claim import Neutral
+from polopt.claim import Miniature, Neutral
 from polopt.methods.language.grpo import GRPO
 from polopt.parts.advantage.group import GroupBaseline
 from polopt.parts.aggregate import SeqMeanTokenSumNorm
@@ -26,9 +26,13 @@ DR_GRPO = register(
         year=2025,
         doc=__doc__ or "",
         claim="Equal accuracy with shorter wrong answers: length no longer grows without benefit.",
+        miniature=Miniature(
+            "table:lengths", "40k-decisions", "Wrong answers end up shorter than GRPO's without its KL penalty.",
+            metric="eval_length_wrong", expect="lower", seeds=10, other={"penalty.coef": 0.0},
+        ),
         neutral={
             "penalty.kl-ref": Neutral(parent={"coef": 0.0}),
             "aggregate": Neutral(batch=("full-length",)),
         },
     )
-)
+)  # fmt: skip

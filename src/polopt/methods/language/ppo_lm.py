@@ -12,7 +12,7 @@ Not included: the pretraining term (PPO-ptx), an adaptive beta, a separate rewar
 plays its part).
 """
 
-from polopt.claim import Neutral
+from polopt.claim import Miniature, Neutral
 from polopt.method import Update
 from polopt.methods.onpolicy.ppo import PPO
 from polopt.parts.advantage.gae import GAE
@@ -35,6 +35,12 @@ PPO_LM = register(
         doc=__doc__ or "",
         claim="Answers of a tuned small model are preferred to those of a model a hundred times its size.",
         builds_on=("1909.08593", "1506.02438"),
+        miniature=Miniature(
+            "table:style", "60k-decisions",
+            "After training on a proxy that can be gamed the true score is higher than PPO's, thanks to the KL penalty.",
+            baseline="ppo", seeds=10, settings={"options.proxy": 1.0, "epochs": 4, "minibatch": None, "advantage.gamma": 1.0},
+            own={"reward.beta": 0.5},
+        ),
         neutral={"reward.kl-in-reward": Neutral(own={"beta": 0.0})},
     )
-)
+)  # fmt: skip

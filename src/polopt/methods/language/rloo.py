@@ -11,7 +11,7 @@ rate 1e-6.
 Not included: RAFT, and the ratio with several steps per batch of some ports (use `surrogate clip` and `epochs`).
 """
 
-from polopt.claim import Neutral
+from polopt.claim import Miniature, Neutral
 from polopt.methods.onpolicy.reinforce import REINFORCE
 from polopt.parts.advantage.group import GroupBaseline
 from polopt.parts.reward.kl import KLInReward
@@ -33,9 +33,14 @@ RLOO = register(
         card=245,
         doc=__doc__ or "",
         claim="Outperforms PPO and RL-free methods such as DPO and RAFT on human preferences at lower cost.",
+        miniature=Miniature(
+            "table:style", "60k-decisions",
+            "On noisy graded rewards four answers per prompt with each other's mean as baseline beat REINFORCE at equal answers.",
+            seeds=10, settings={"options.noise": 1.0}, own={"sampler.group_size": 4, "collect.prompts": 16},
+        ),
         neutral={
             "reward.kl-in-reward": Neutral(own={"beta": 0.0}),
             "advantage": Neutral(own={"centre": "none"}, parent={"credit": "whole"}),
         },
     )
-)
+)  # fmt: skip
