@@ -23,7 +23,7 @@ from polopt.loops.measures import Metrics, explained_variance, signal, tidy, to_
 from polopt.loops.plan import Compile, compile_plan
 from polopt.method import Method, Update
 from polopt.part import Moment, call
-from polopt.run import Budget, Ledger, RunFolder, Streams, environment, finite, peak_rss
+from polopt.run import Budget, Ledger, RunFolder, Streams, commit, environment, finite, peak_rss
 from polopt.settings import Settings
 from polopt.stats import VIEWS, split, with_prerequisites
 
@@ -215,6 +215,7 @@ class Improve:
 
     def run(self) -> dict[str, Any]:
         """Train until the budget is spent or `stop` is set; returns the summary, which also lies in the run folder."""
+        commit()  # before it can change: the summary tells which code ran
         for o in self.observers:
             o.start(self.describe())
         try:

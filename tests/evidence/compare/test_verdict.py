@@ -90,7 +90,7 @@ def test_differences_that_no_number_of_seeds_would_tell_are_called_small() -> No
         assert needed is not None
         assert (needed == 10_001) if middle < 0.01 else (205 < needed < 1000)
         assert said[0].startswith(
-            "Undecided with these seeds; it would take more than 200 more: any difference is small (a against b"
+            "Undecided with these seeds; it would take more than 200 more: small beside their spread (a against b"
         )
 
 

@@ -99,7 +99,7 @@ def undecided(analysis: Analysis, pair: Pair, *, where: bool = True) -> str:
     if more is None:
         return f"Undecided with these seeds {found}."
     if more > MANY:
-        return f"Undecided with these seeds; it would take more than {MANY} more: any difference is small {found}."
+        return f"Undecided with these seeds; it would take more than {MANY} more: small beside their spread {found}."
     return f"Undecided with these seeds; about {more} more would tell {found}."
 
 

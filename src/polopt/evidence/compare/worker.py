@@ -164,6 +164,7 @@ def preload(modules: list[str]) -> None:
 
     load_everything()
     import_module("polopt.loops.drive")
+    import_module("polopt.run").commit()  # of the code that all runs share, whatever is committed meanwhile
     for name in modules:
         try:
             import_module(name)
