@@ -7,6 +7,7 @@ JOBS        ?= 2
 PEERS       ?= .venv-peers
 BENCH       ?=
 PYTEST_ARGS ?=
+MUTATE      ?=
 
 DEMO_TASK   ?= text:spell_backward
 DEMO_ARGS   ?= --seed 0
@@ -16,12 +17,12 @@ BIN   := $(VENV)/bin
 PIP   := $(BIN)/python -m pip --disable-pip-version-check --quiet
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo test lint format types imports docs tables bench torture lock clean
+.PHONY: help install demo test lint format types imports docs tables bench torture evidence mutate lock clean
 help:
 	@echo "make demo     install, train GRPO on $(DEMO_TASK), write a report"
 	@echo "make test     install, run all tests"
 	@echo "make install  create $(VENV) from the lock file; then $(BIN)/polopt --help"
-	@echo "make lint format types imports docs tables bench torture lock clean"
+	@echo "make lint format types imports docs tables bench torture evidence mutate lock clean"
 
 install: $(STAMP)
 
@@ -75,6 +76,14 @@ $(PEERS)/.installed: benchmarks/requirements.txt
 
 torture: $(STAMP)
 	@$(BIN)/python -m pytest -m torture tests/torture $(PYTEST_ARGS)
+
+# Methods' small experiments: what is missing or stale; resumes, one run per core.
+evidence: $(STAMP)
+	@$(BIN)/polopt evidence --all
+
+# Faults are seeded into src/polopt/parts; MUTATE chooses some by file, kind or id ("--only gae sign").
+mutate: $(STAMP)
+	@$(BIN)/python tests/mutation/run.py --jobs $(JOBS) --json evidence/mutation.json $(MUTATE)
 
 lock:
 	@.ci/lock

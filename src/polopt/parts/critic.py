@@ -58,6 +58,7 @@ class ValueLoss(Part):
         error = (value - target).square()
         if self.clip is not None:
             old = batch.stat("value@old")
+            assert_decisions(batch, **{"value@old": old})
             near = old + (value - old).clamp(-self.clip, self.clip)
             error = torch.maximum(error, (near - target).square())
         return self.coef * error

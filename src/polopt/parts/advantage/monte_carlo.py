@@ -11,7 +11,7 @@ from torch import Tensor
 from polopt.batch import Batch
 from polopt.part import Can, Part, Range, register_part, register_preset
 from polopt.parts.advantage.scan import chain, discounted_sum, ends, standardised
-from polopt.parts.shapes import keep
+from polopt.parts.shapes import assert_decisions, keep
 
 
 @register_part("advantage", "returns-to-go")
@@ -49,7 +49,9 @@ class MonteCarlo(Part):
         """Advantages of the batch."""
         advantage = self.returns(batch)
         if self.baseline == "value":
-            advantage = keep(batch.mask, advantage - batch.stat("value@old").detach())
+            value = batch.stat("value@old").detach()
+            assert_decisions(batch, **{"value@old": value})
+            advantage = keep(batch.mask, advantage - value)
         return standardised(advantage, batch) if self.standardise else advantage
 
 
