@@ -12,7 +12,7 @@ soft-overlong`), and its early stop of repetitive answers.
 
 from math import inf
 
-from polopt.claim import Neutral
+from polopt.claim import Floor, Neutral
 from polopt.methods.language.grpo import GRPO
 from polopt.parts.aggregate import TokenMean
 from polopt.parts.surrogate.capped_weight import CappedWeight
@@ -30,6 +30,7 @@ CISPO = register(
         year=2025,
         doc=__doc__ or "",
         claim="Twice as fast as DAPO on AIME 2024 with Qwen2.5-32B.",
+        floor=Floor("text:spell_backward", "12-updates", 0.5, settings={"evaluate.points": 2, "evaluate.episodes": 128}),
         builds_on=("dapo",),
         neutral={
             "surrogate": Neutral(own={"cap": inf}, parent={"low": inf, "high": inf}, equal="gradient"),

@@ -12,7 +12,7 @@ Paper: 16 answers per prompt, 16 gradient steps per batch, rate 1e-6 with warm-u
 rewriting of answers to integers.
 """
 
-from polopt.claim import Miniature, Neutral
+from polopt.claim import Floor, Miniature, Neutral
 from polopt.methods.language.grpo import GRPO
 from polopt.parts.aggregate import TokenMean
 from polopt.parts.reward.overlong import SoftOverlong
@@ -34,6 +34,7 @@ DAPO = register(
         year=2025,
         doc=__doc__ or "",
         claim="Reaches a higher AIME 2024 accuracy than DeepSeek-R1-Zero-Qwen-32B in half the training steps.",
+        floor=Floor("text:spell_backward", "12-updates", 0.5, settings={"evaluate.points": 2, "evaluate.episodes": 128}),
         miniature=Miniature(
             "table:bank", "150-updates",
             "Learns faster than GRPO per training step of as many gradient steps; the answers that a step samples are not counted.",

@@ -9,7 +9,7 @@ the generation limit, as in the released code.
 Not included: the paper's study of templates and base models.
 """
 
-from polopt.claim import Miniature, Neutral
+from polopt.claim import Floor, Miniature, Neutral
 from polopt.methods.language.grpo import GRPO
 from polopt.parts.advantage.group import GroupBaseline
 from polopt.parts.aggregate import SeqMeanTokenSumNorm
@@ -26,6 +26,7 @@ DR_GRPO = register(
         year=2025,
         doc=__doc__ or "",
         claim="Equal accuracy with shorter wrong answers: length no longer grows without benefit.",
+        floor=Floor("text:spell_backward", "12-updates", 0.5, settings={"evaluate.points": 2, "evaluate.episodes": 128}),
         miniature=Miniature(
             "table:lengths", "40k-decisions", "Wrong answers end up shorter than GRPO's without its KL penalty.",
             metric="eval_length_wrong", expect="lower", seeds=10, other={"penalty.coef": 0.0},

@@ -12,7 +12,7 @@ Paper: 64 answers per prompt, beta = 0.04, rate 1e-6, one update per batch; here
 supervision, iterative training of the reward model, and replacing the reference between rounds.
 """
 
-from polopt.claim import Miniature, Neutral
+from polopt.claim import Floor, Miniature, Neutral
 from polopt.method import Update
 from polopt.methods.onpolicy.ppo import PPO
 from polopt.parts.advantage.group import GroupBaseline
@@ -37,6 +37,7 @@ GRPO = register(
         family="language",
         doc=__doc__ or "",
         claim="Improves mathematical reasoning as PPO does, with less memory because it has no critic.",
+        floor=Floor("text:spell_backward", "12-updates", 0.5, settings={"evaluate.points": 2, "evaluate.episodes": 128}),
         miniature=Miniature(
             "table:tree", "40k-decisions",
             "Without a critic as good as PPO for language models at equal answers and gradient steps, neither with a KL penalty.",

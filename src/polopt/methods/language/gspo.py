@@ -8,7 +8,7 @@ Zheng et al., "Group sequence policy optimization" (arXiv 2507.18071), eq. 5 and
 Not included: GSPO-token, whose ratio carries token-level advantages.
 """
 
-from polopt.claim import Neutral
+from polopt.claim import Floor, Neutral
 from polopt.methods.language.grpo import GRPO
 from polopt.parts.surrogate.clip import SequenceClip
 from polopt.registry import register
@@ -24,6 +24,7 @@ GSPO = register(
         year=2025,
         doc=__doc__ or "",
         claim="More stable and efficient than GRPO, above all for mixture-of-experts models.",
+        floor=Floor("text:spell_backward", "12-updates", 0.5, settings={"evaluate.points": 2, "evaluate.episodes": 128}),
         neutral={
             "surrogate": Neutral(own={"low": 0.2, "high": 0.2}, batch=("equal-ratios",)),
             "penalty.kl-ref": Neutral(parent={"coef": 0.0}),

@@ -12,7 +12,7 @@ Not included: the pretraining term (PPO-ptx), an adaptive beta, a separate rewar
 plays its part).
 """
 
-from polopt.claim import Miniature, Neutral
+from polopt.claim import Floor, Miniature, Neutral
 from polopt.method import Update
 from polopt.methods.onpolicy.ppo import PPO
 from polopt.parts.advantage.gae import GAE
@@ -34,6 +34,7 @@ PPO_LM = register(
         family="language",
         doc=__doc__ or "",
         claim="Answers of a tuned small model are preferred to those of a model a hundred times its size.",
+        floor=Floor("text:spell_backward", "12-updates", 0.5, settings={"evaluate.points": 2, "evaluate.episodes": 128}),
         builds_on=("1909.08593", "1506.02438"),
         miniature=Miniature(
             "table:style", "60k-decisions",

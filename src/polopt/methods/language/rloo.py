@@ -11,7 +11,7 @@ rate 1e-6.
 Not included: RAFT, and the ratio with several steps per batch of some ports (use `surrogate clip` and `epochs`).
 """
 
-from polopt.claim import Miniature, Neutral
+from polopt.claim import Floor, Miniature, Neutral
 from polopt.methods.onpolicy.reinforce import REINFORCE
 from polopt.parts.advantage.group import GroupBaseline
 from polopt.parts.reward.kl import KLInReward
@@ -33,6 +33,7 @@ RLOO = register(
         card=245,
         doc=__doc__ or "",
         claim="Outperforms PPO and RL-free methods such as DPO and RAFT on human preferences at lower cost.",
+        floor=Floor("text:spell_backward", "12-updates", 0.5, settings={"evaluate.points": 2, "evaluate.episodes": 128}),
         miniature=Miniature(
             "table:style", "60k-decisions",
             "On noisy graded rewards four answers per prompt with each other's mean as baseline beat REINFORCE at equal answers.",

@@ -10,7 +10,7 @@ Not included: recurrent policies. Fragments are 5 steps long in the original set
 length.
 """
 
-from polopt.claim import Neutral
+from polopt.claim import Floor, Neutral
 from polopt.methods.onpolicy.a3c import A3C
 from polopt.parts.rule.descend import Descend
 from polopt.registry import register
@@ -26,6 +26,7 @@ A2C = register(
         card=132,
         doc=__doc__ or "",
         claim="As good as A3C without asynchrony, and simpler.",
+        floor=Floor("gym:CartPole-v1", "25k-decisions", 130, settings={"evaluate.episodes": 16, "optim.compile": "never"}),
         builds_on=("2205.09123",),
         neutral={"penalty.entropy": Neutral(parent={"coef": 0.0})},
     )

@@ -10,7 +10,7 @@ every token of an answer has the same return.
 Not included: eligibility traces for continuing tasks, Williams' per-unit learning rates and baselines.
 """
 
-from polopt.claim import Miniature
+from polopt.claim import Floor, Miniature
 from polopt.method import Method, Update
 from polopt.parts.advantage.monte_carlo import MonteCarlo
 from polopt.parts.aggregate import SeqMeanTokenSum
@@ -33,6 +33,7 @@ REINFORCE = register(
         family="onpolicy",
         doc=__doc__ or "",
         claim="Steps along the gradient of the expected return without estimating it first.",
+        floor=Floor("gym:CartPole-v1", "25k-decisions", 260, settings={"evaluate.episodes": 16, "optim.compile": "never"}),
         miniature=Miniature("table:tree", "20k-decisions", "The exact expected return rises from where it began.", seeds=10),
     )
 )

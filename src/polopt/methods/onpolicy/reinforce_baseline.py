@@ -9,7 +9,7 @@ the value function is regressed on the Monte Carlo return in the same step. Noth
 Not included: an eligibility trace or separate step sizes of policy and value.
 """
 
-from polopt.claim import Neutral
+from polopt.claim import Floor, Neutral
 from polopt.methods.onpolicy.reinforce import REINFORCE
 from polopt.parts.advantage.monte_carlo import MonteCarlo
 from polopt.parts.critic import ValueLoss
@@ -25,6 +25,7 @@ REINFORCE_BASELINE = register(
         year=1992,
         doc=__doc__ or "",
         claim="Learns faster than REINFORCE: same expected gradient, less variance.",
+        floor=Floor("gym:CartPole-v1", "25k-decisions", 130, settings={"evaluate.episodes": 16, "optim.compile": "never"}),
         neutral={"critic": Neutral(own={"coef": 0.0})},
     )
 )

@@ -10,7 +10,7 @@ from arXiv 1506.02438.
 Single-path sampling. Not included: the vine procedure, Fisher products on a subsample, the theoretical penalty form.
 """
 
-from polopt.claim import Neutral
+from polopt.claim import Floor, Neutral
 from polopt.method import Update
 from polopt.methods.onpolicy.reinforce_baseline import REINFORCE_BASELINE
 from polopt.parts.advantage.gae import GAE
@@ -41,6 +41,7 @@ TRPO = register(
         card=191,
         doc=__doc__ or "",
         claim="Improves nearly monotonically with little tuning.",
+        floor=Floor("gym:CartPole-v1", "25k-decisions", 350, settings={"evaluate.episodes": 16, "optim.compile": "never"}),
         builds_on=("1506.02438",),
         neutral={
             "advantage": Neutral(own={"gamma": 1.0, "lam": 1.0, "standardise": False}, batch=("whole-episodes",)),
