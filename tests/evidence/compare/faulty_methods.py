@@ -39,6 +39,11 @@ class Faulty(GAE):
             if self.what == "interrupt":
                 os.kill(self.process, signal.SIGINT)
                 time.sleep(1.0)  # until the signal has come back
+            if self.what == "insist":
+                for _ in range(2):
+                    os.kill(self.process, signal.SIGINT)
+                    time.sleep(1.0)
+                time.sleep(60)
         return super().__call__(batch)
 
 

@@ -142,6 +142,24 @@ def test_interrupted_runs_go_on_to_the_same_numbers(go: Go, tmp_path: Path) -> N
     assert done.comparison.runs[0].weights == whole.runs[0].weights
 
 
+def test_a_second_signal_ends_at_once(go: Go, tmp_path: Path) -> None:
+    settings = {"advantage.what": "insist", "advantage.mark": str(tmp_path / "mark"), "advantage.process": os.getpid()}
+    found = go({"faulty": (FAULTY, settings)}, seeds=1)
+    assert found.signal == signal.SIGINT
+    assert found.comparison.runs[0].status == "unfinished"
+    assert go({"faulty": (FAULTY, settings)}, seeds=1).comparison.runs[0].status == "done"
+
+
+def test_continuing_with_other_versions_is_told(go: Go, tmp_path: Path) -> None:
+    go([FAULTY], seeds=1)
+    folder = tmp_path / "out/runs/faulty/s0"
+    old = record(folder)
+    (folder / "run.json").write_text(json.dumps({**old, "versions": {**old["versions"], "torch": "1.0"}}))
+    notes = go([FAULTY], seeds=1).comparison.notes
+    assert len(notes) == 1
+    assert notes[0].startswith("faulty, seed 0, was continued with other versions: torch 1.0 -> ")
+
+
 def test_a_killed_run_is_continued_once(go: Go, tmp_path: Path) -> None:
     settings = {"advantage.what": "die", "advantage.mark": str(tmp_path / "mark"), "checkpoint.every": 1}
     twice = {"advantage.what": "die"}
@@ -271,6 +289,11 @@ def test_external_programs(go: Go, tmp_path: Path) -> None:
     again = go(["ppo"], external={"good": external["good"]}, seeds=2, budget="64-decisions").comparison
     assert identity(good.folder) == before
     assert again.of("good")[1].score.tolist() == [1, 2, 3]
+    # a program that did not come to its end begins anew, and what it wrote is kept
+    (good.folder / "run.json").write_text(json.dumps({**record(good.folder), "status": "running"}))
+    anew = go([], external={"good": external["good"]}, seeds=2, budget="64-decisions").comparison
+    assert [r.status for r in anew.runs] == ["done", "done"]
+    assert (good.folder.parent / "s1.partial-1/metrics.jsonl").exists()
     with pytest.raises(CallError, match="another --out"):
         go([], external={"good": external["good"] + " more"}, seeds=2, budget="64-decisions")
 
@@ -292,3 +315,25 @@ def test_tuning_is_equal_and_is_not_done_twice(go: Go, tmp_path: Path) -> None:
     before = identity(tmp_path / "out/tune/ppo/t1") | identity(tmp_path / "out/runs/ppo")
     go(["ppo", "trpo"], **call)
     assert identity(tmp_path / "out/tune/ppo/t1") | identity(tmp_path / "out/runs/ppo") == before
+
+
+# -------------------------------------------------------------------- cost
+def test_comparing_costs_little_beside_the_runs(go: Go, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a run adds to the comparison's own process, in CPU time: tens of milliseconds, whatever the run takes."""
+    import time
+
+    from polopt.evidence.compare.run import _Comparing
+
+    spent: list[float] = []
+    real = _Comparing.run
+
+    def timed(self: _Comparing, *given: Any, **named: Any) -> bool:
+        start = time.process_time()
+        going = real(self, *given, **named)
+        spent.append(time.process_time() - start)
+        return going
+
+    monkeypatch.setattr(_Comparing, "run", timed)
+    go(["ppo"], seeds=1)  # imports
+    go(["ppo"], seeds=12, quiet=False)
+    assert spent[1] / 11 < 0.03
