@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import functools
 import json
-import resource
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,7 +14,7 @@ from typing import Any
 
 from polopt.claim import Miniature
 from polopt.errors import CallError, PoloptError
-from polopt.evidence.compare.folders import code_of, note, read_record, set_aside
+from polopt.evidence.compare.folders import code_of, read_record, set_aside
 from polopt.evidence.compare.results import RunResult
 from polopt.evidence.compare.run import compare
 from polopt.evidence.markup import strict, write
@@ -149,14 +148,12 @@ class Evidence:
         folder = self.folder(m)
         if self.again:
             self.renew(folder, labels.values())
-        began, cpu = time.time(), _processor_seconds()
         compared = compare(
             {labels[a.name]: (a.method, a.settings) for a in sides}, m.task, budget=m.budget, seeds=m.seeds, out=folder,
             jobs=self.jobs, metric=m.metric, points=m.points, page=False, quiet=self.quiet, source=f"miniature of {method.name}",
         )  # fmt: skip
         runs = {a.name: list(compared.comparison.of(labels[a.name]).values()) for a in sides}
         both = [r for some in runs.values() for r in some]
-        _share_out(both, began, _processor_seconds() - cpu)
         if compared.signal is not None or any(r.status == "unfinished" for r in both):
             raise Unfinished(method.name, folder, compared.signal)
         weighed = miniature.weigh(method, runs[method.name], runs[sides[-1].name])
@@ -232,27 +229,9 @@ def _documented(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFun
     return ast.get_docstring(node, clean=False) is not None
 
 
-def _processor_seconds() -> float:
-    """Of processes that this one started and that have ended, and of those that they started."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
-
-
-def _share_out(runs: Sequence[RunResult], began: float, seconds: float) -> None:
-    """Note the processor time of runs that were done since `began` (which includes starting their worker), by their durations."""
-    new = [r for r in runs if r.status != "unfinished" and (r.folder / "run.json").exists() and _ended(r) >= began]
-    total = sum(r.wall_seconds or 0.0 for r in new)
-    for run in new:
-        if total > 0 and "core_seconds" not in read_record(run.folder):
-            note(run.folder, core_seconds=round(seconds * (run.wall_seconds or 0.0) / total, 3))
-
-
-def _ended(run: RunResult) -> float:
-    return (run.folder / "run.json").stat().st_mtime
-
-
 def _seconds(run: RunResult) -> float:
-    return float(read_record(run.folder).get("core_seconds") or run.wall_seconds or 0.0)
+    """Processor time of a run's process; what the clock showed, for a run whose processor time is not known."""
+    return float(read_record(run.folder).get("cpu_seconds") or run.wall_seconds or 0.0)
 
 
 def _versions(run: RunResult) -> Mapping[str, Any]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from polopt.claim import Miniature
 from polopt.errors import CallError
-from polopt.evidence.compare.entries import Entry
+from polopt.evidence.compare.entries import Entry, plain
 from polopt.evidence.compare.plan import Asked, arm_of
 from polopt.evidence.compare.results import RunResult
 from polopt.evidence.compare.statistics import Estimate, area, difference, estimate
@@ -47,10 +47,13 @@ def miniature_of(method: Method) -> Miniature:
 
 
 def baseline_name(method: Method) -> str:
-    """What a method's miniature compares it with: the named method, else its parent, else itself before training."""
+    """What a method's miniature compares it with: the named method, else its parent, else itself before training.
+
+    The method itself with other settings is called by these.
+    """
     m = miniature_of(method)
     name = m.baseline or (method.parent.name if method.parent else UNTRAINED)
-    return f"{name}-plain" if name == method.name else name
+    return ",".join([name, *(f"{k}={plain(v)}" for k, v in m.other.items())]) if name == method.name else name
 
 
 def arms(method: Method, given: str | None = None) -> list[Arm]:
