@@ -12,7 +12,7 @@ import pytest
 from polopt.cli import build_parser, main
 from polopt.cli.words import COMPARE, split_settings
 from polopt.errors import CallError
-from polopt.evidence.compare import plan, run
+from polopt.evidence.compare import place, plan
 from polopt.evidence.compare.entries import Entry, entries_of, external_entries, fill, parse, slug, word_of
 from polopt.evidence.compare.folders import inspect_run
 from polopt.evidence.compare.live import Table, Tail
@@ -215,15 +215,15 @@ def test_every_option_is_known_to_the_splitter() -> None:
 def test_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     a = asked("ppo")
-    assert run._folder(a, None) == Path("runs/compare-ppo-CartPole-v1")
+    assert place.folder_of(a, None) == Path("runs/compare-ppo-CartPole-v1")
     (tmp_path / "runs/compare-ppo-CartPole-v1").mkdir(parents=True)
     (tmp_path / "runs/compare-ppo-CartPole-v1/other").touch()
-    assert run._folder(a, None).name == "compare-ppo-CartPole-v1-2"
+    assert place.folder_of(a, None).name == "compare-ppo-CartPole-v1-2"
     with pytest.raises(CallError, match="no comparison"):
-        run._folder(a, tmp_path / "runs/compare-ppo-CartPole-v1")
+        place.folder_of(a, tmp_path / "runs/compare-ppo-CartPole-v1")
     (tmp_path / "runs/compare-ppo-CartPole-v1/plan.json").touch()
-    assert run._folder(a, None).name == "compare-ppo-CartPole-v1"
-    with run._alone(tmp_path / "x"), pytest.raises(CallError, match="another process"), run._alone(tmp_path / "x"):
+    assert place.folder_of(a, None).name == "compare-ppo-CartPole-v1"
+    with place.alone(tmp_path / "x"), pytest.raises(CallError, match="another process"), place.alone(tmp_path / "x"):
         pass
     assert inspect_run(tmp_path / "nothing") == "absent"
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
@@ -18,12 +16,12 @@ from polopt.errors import CallError
 from polopt.evidence.compare.entries import entries_of, external_entries, plain
 from polopt.evidence.compare.folders import Damaged, Identity, inspect_external, inspect_run, read_record, set_aside
 from polopt.evidence.compare.live import Table
+from polopt.evidence.compare.place import alone, folder_of
 from polopt.evidence.compare.plan import (
     EPISODES,
     Arm,
     Asked,
     command_of,
-    default_name,
     external_words,
     ready,
     seeds_of,
@@ -110,7 +108,7 @@ def compare(
 ) -> Compared:
     """Run what was asked for (see `polopt.compare` and `ask`): every contestant on every seed, side by side."""
     comparing = _begin(contestants, task, out, jobs, timeout, quiet, asking)
-    with _alone(comparing.folder):
+    with alone(comparing.folder):
         return comparing.carry_out(page=page)
 
 
@@ -144,46 +142,7 @@ def _begin(
     if timeout is not None and not timeout > 0:
         raise CallError(f"--timeout {timeout:g}: must be positive")
     arms = ready(asked)
-    return _Comparing(asked, arms, _folder(asked, out), jobs, timeout, quiet)
-
-
-def _folder(asked: Asked, out: str | Path | None) -> Path:
-    """The comparison's folder: a new one or one that holds a comparison."""
-
-    def holds_other(path: Path) -> bool:
-        return (
-            path.exists() and not (path / PLAN).exists() and (not path.is_dir() or any(p.name != ".lock" for p in path.iterdir()))
-        )
-
-    if out is not None:
-        path = Path(out).expanduser()
-        if holds_other(path):
-            raise CallError(f"--out {path} holds something that is no comparison; give a folder of its own")
-        return path
-    base = path = Path("runs") / default_name(asked)
-    n = 1
-    while holds_other(path):
-        n += 1
-        path = base.with_name(f"{base.name}-{n}")
-    return path
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Refuse a second process that works on the same comparison."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise CallError(f"cannot write to {folder}: {error.strerror}") from error
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise CallError(f"another process is comparing in {folder}; wait for it, or give another --out") from None
-        yield
-    finally:
-        os.close(handle)
+    return _Comparing(asked, arms, folder_of(asked, out), jobs, timeout, quiet)
 
 
 class _Comparing:
