@@ -12,7 +12,7 @@ soft-overlong`), and its early stop of repetitive answers.
 
 from math import inf
 
-from polopt.claim import Floor, Neutral
+from polopt.claim import Floor, Miniature, Neutral
 from polopt.methods.language.grpo import GRPO
 from polopt.parts.aggregate import TokenMean
 from polopt.parts.surrogate.capped_weight import CappedWeight
@@ -30,6 +30,12 @@ CISPO = register(
         year=2025,
         doc=__doc__ or "",
         claim="Twice as fast as DAPO on AIME 2024 with Qwen2.5-32B.",
+        miniature=Miniature(
+            "table:tree", "40k-decisions",
+            "With DAPO's sampler and length penalty, and several epochs, learns faster than DAPO: the surrogate alone differs.",
+            baseline="dapo", reduce="auc", seeds=10, settings={"epochs": 4, "minibatches": 4},
+            own={"sampler": "dynamic", "reward": "soft-overlong"},
+        ),
         floor=Floor("text:spell_backward", "12-updates", 0.5, settings={"evaluate.points": 2, "evaluate.episodes": 128}),
         builds_on=("dapo",),
         neutral={
@@ -38,4 +44,4 @@ CISPO = register(
             "aggregate": Neutral(batch=("equal-lengths",)),
         },
     )
-)
+)  # fmt: skip

@@ -10,7 +10,7 @@ Not included: recurrent policies. Fragments are 5 steps long in the original set
 length.
 """
 
-from polopt.claim import Floor, Neutral
+from polopt.claim import Floor, Miniature, Neutral
 from polopt.methods.onpolicy.a3c import A3C
 from polopt.parts.rule.descend import Descend
 from polopt.registry import register
@@ -26,8 +26,12 @@ A2C = register(
         card=132,
         doc=__doc__ or "",
         claim="As good as A3C without asynchrony, and simpler.",
+        miniature=Miniature(
+            "gym:CartPole-v1", "40k-decisions", "Learns as fast as A3C, up to a twentieth of the greatest score.",
+            reduce="auc", expect="not worse", margin=25.0, seeds=10, points=20, settings={"evaluate.episodes": 10},
+        ),
         floor=Floor("gym:CartPole-v1", "25k-decisions", 130, settings={"evaluate.episodes": 16, "optim.compile": "never"}),
         builds_on=("2205.09123",),
         neutral={"penalty.entropy": Neutral(parent={"coef": 0.0})},
     )
-)
+)  # fmt: skip

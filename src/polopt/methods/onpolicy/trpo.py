@@ -10,7 +10,7 @@ from arXiv 1506.02438.
 Single-path sampling. Not included: the vine procedure, Fisher products on a subsample, the theoretical penalty form.
 """
 
-from polopt.claim import Floor, Neutral
+from polopt.claim import Floor, Miniature, Neutral
 from polopt.method import Update
 from polopt.methods.onpolicy.reinforce_baseline import REINFORCE_BASELINE
 from polopt.parts.advantage.gae import GAE
@@ -41,6 +41,10 @@ TRPO = register(
         card=191,
         doc=__doc__ or "",
         claim="Improves nearly monotonically with little tuning.",
+        miniature=Miniature(
+            "gym:CartPole-v1", "40k-decisions", "The score falls less often by more than a fifth of its range than A2C's.",
+            baseline="a2c", reduce="drops", expect="lower", seeds=10, points=20, settings={"evaluate.episodes": 10},
+        ),
         floor=Floor("gym:CartPole-v1", "25k-decisions", 350, settings={"evaluate.episodes": 16, "optim.compile": "never"}),
         builds_on=("1506.02438",),
         neutral={
