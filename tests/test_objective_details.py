@@ -102,6 +102,27 @@ def test_weights_multiply_the_surrogate_without_gradient() -> None:
     assert math.isclose(twice.item(), wanted.item(), rel_tol=1e-12)
 
 
+@dataclass(frozen=True)
+class Regret(Part):
+    """A penalty that reads the reward: its distance to the value now."""
+
+    kind: ClassVar[str] = "penalty"
+    name: ClassVar[str] = "regret"
+
+    def __call__(self, batch: Batch, now: Mapping[str, Tensor]) -> Tensor:
+        return (now["value"] - batch.scalar_reward()).square()
+
+
+def test_rewards_carry_no_gradient() -> None:
+    """Not even one that was computed from the policy with gradient, where a part on the loss path reads it."""
+    value = torch.ones(4, 3, dtype=torch.float64, requires_grad=True)
+    batch = Batch.of(value=value, logp=torch.zeros(4, 3).double(), reward=3 * value, mask=MASK)
+    method = get_method("reinforce").but("x", penalty=(Regret(),), aggregate=make_part("aggregate", "token-mean"))
+    loss, _ = method.loss(batch, advantage=ADVANTAGE)
+    (slope,) = torch.autograd.grad(loss, value)
+    torch.testing.assert_close(slope, torch.where(MASK, 2.0 * (1 - 3), 0.0).double() / MASK.sum())
+
+
 def test_diagnostics_are_means_over_valid_decisions() -> None:
     """Each against its formula; dropped rows and what is outside the mask do not count."""
     x = tensors(1)

@@ -33,7 +33,13 @@ SOURCE = ROOT / "src"
 #: Tests that may catch a fault, in the order in which they are asked.
 STAGES = (
     ("tests/parts",),
-    ("tests/methods", "tests/test_objective.py", "tests/test_batch.py"),
+    (
+        "tests/methods",
+        "tests/test_objective.py",
+        "tests/test_objective_details.py",
+        "tests/test_batch.py",
+        "tests/test_batch_details.py",
+    ),
     (
         "tests/evidence/proof",
         "tests/loops/test_micro.py",
@@ -168,9 +174,9 @@ class Coverage:
         stages = [[t for t in found if t.startswith(stage)] for stage in STAGES]
         return [sorted(s, key=lambda t: (t not in touching(by_line), self.seconds[t])) for s in stages if s]
 
-    def limit(self, tests: Iterable[Iterable[str]]) -> float:
-        """Seconds after which a fault counts as an endless loop."""
-        return 30 + 5 * sum(self.seconds[t] for stage in tests for t in stage)
+    def slowest(self, tests: Iterable[Iterable[str]]) -> float:
+        """Seconds of the slowest of these tests."""
+        return max((self.seconds[t] for stage in tests for t in stage), default=0.0)
 
 
 def touching(by_line: dict[int, list[str]]) -> set[str]:
@@ -285,15 +291,15 @@ class Ordered:
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         if report.failed and self.first is None:
-            self.first = report.nodeid
+            self.first = TIMEOUT if "Timeout (>" in str(report.longrepr) else report.nodeid
 
     def pytest_collectreport(self, report: Any) -> None:
         if report.failed and self.first is None:
             self.first = f"import: {report.nodeid}"
 
 
-def judge(fault: Fault, stages: list[list[str]]) -> Callable[[Path], str | None]:
-    """Run the tests against a fault: the first that fails, or None."""
+def judge(fault: Fault, stages: list[list[str]], seconds: float) -> Callable[[Path], str | None]:
+    """Run the tests against a fault, each at most so many seconds: the first that fails, or None."""
 
     def work(scratch: Path) -> str | None:
         import pytest
@@ -303,7 +309,11 @@ def judge(fault: Fault, stages: list[list[str]]) -> Callable[[Path], str | None]
         for i, stage in enumerate(stages):
             plugin = Ordered(stage)
             files = sorted({t.partition("::")[0] for t in stage})
-            code = int(pytest.main(["-x", *PYTEST, *MARKS, f"--basetemp={scratch / str(i)}", *files], plugins=[plugin]))
+            code = int(
+                pytest.main(
+                    ["-x", *PYTEST, *MARKS, f"--timeout={seconds}", f"--basetemp={scratch / str(i)}", *files], plugins=[plugin]
+                )
+            )
             if plugin.first is not None:
                 return plugin.first
             if code in (1, 2, 4):
@@ -323,7 +333,7 @@ def judged(faults: Sequence[Fault], coverage: Coverage, jobs: int) -> Iterator[t
     work = []
     for i, f in by_number.items():
         stages = coverage.tests(f)
-        work.append((i, judge(f, stages), coverage.limit(stages)))
+        work.append((i, judge(f, stages, 10 + 10 * coverage.slowest(stages)), 600.0))
     for i, answer, seconds in forked(work, jobs):
         if answer is not None and answer.startswith("error: "):
             raise RuntimeError(answer)

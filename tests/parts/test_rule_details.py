@@ -14,7 +14,7 @@ from torch import Tensor
 
 from polopt.batch import Clock
 from polopt.errors import CallError
-from polopt.part import KINDS, make_part, part_names
+from polopt.part import KINDS, Can, make_part, part_names
 from polopt.parts.rule import functional
 from polopt.parts.rule.descend import Descend
 from polopt.parts.rule.natural_gradient import NaturalGradient, NaturalGradientStepper, conjugate_gradient, fisher_product
@@ -61,6 +61,12 @@ def test_defaults_are_adam_with_pytorch_s_settings_and_a_clip_at_one_half(scale:
     torch.testing.assert_close(stepped(Descend(), scale), wanted, rtol=0, atol=1e-13)
 
 
+def test_weight_decay_of_the_default_is_adam_s_own() -> None:
+    """Added to the gradient, where AdamW takes it off the parameters."""
+    wanted = by_pytorch(lambda p: torch.optim.Adam(p, lr=3e-4, weight_decay=0.1), 0.1, 0.5)
+    torch.testing.assert_close(stepped(Descend(weight_decay=0.1), 0.1), wanted, rtol=0, atol=1e-13)
+
+
 @pytest.mark.parametrize("scale", [10.0, 1e-8])
 def test_defaults_of_rmsprop_and_sgd_are_pytorch_s(scale: float) -> None:
     rmsprop = by_pytorch(lambda p: torch.optim.RMSprop(p, lr=3e-4), scale, None)
@@ -69,6 +75,32 @@ def test_defaults_of_rmsprop_and_sgd_are_pytorch_s(scale: float) -> None:
     )  # the rate is in float32
     sgd = by_pytorch(lambda p: torch.optim.SGD(p, lr=3e-4), scale, None)
     torch.testing.assert_close(stepped(Descend("sgd", max_grad_norm=None), scale), sgd, rtol=0, atol=1e-15)
+
+
+def pure(rule: Descend, scale: float) -> Tensor:
+    p = torch.linspace(-1, 1, 6, dtype=torch.float64)
+    state = functional.initial(rule, p)
+
+    def step(g: Tensor) -> None:
+        nonlocal state
+        moved, state, _ = rule.pure(p.clone(), g, state, torch.tensor(rule.lr, dtype=torch.float64))
+        p.copy_(moved)
+
+    return walk(step, p, scale)
+
+
+@pytest.mark.parametrize("scale", [0.1, 1e-8])
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_the_pure_form_is_pytorch_s(scale: float, decay: float) -> None:
+    """Also where epsilon is all that divides: steps of 1e-3 to four digits (its step count, as PyTorch's, is in float32)."""
+    for kind, make in (
+        ("adam", lambda p: torch.optim.Adam(p, lr=1e-3, weight_decay=decay)),
+        ("adamw", lambda p: torch.optim.AdamW(p, lr=1e-3, weight_decay=decay)),
+        ("sgd", lambda p: torch.optim.SGD(p, lr=1e-3, weight_decay=decay, momentum=0.9)),
+        ("rmsprop", lambda p: torch.optim.RMSprop(p, lr=1e-3, weight_decay=decay, momentum=0.9)),
+    ):
+        rule = Descend(kind, lr=1e-3, weight_decay=decay, momentum=0.9, max_grad_norm=None)  # type: ignore[arg-type]
+        torch.testing.assert_close(pure(rule, scale), by_pytorch(make, scale, None), rtol=0, atol=1e-7, msg=kind)
 
 
 @pytest.mark.parametrize("norm", [1e-6, 0.1, 2.0])
@@ -161,19 +193,19 @@ def test_conjugate_gradients_stop_at_the_tolerance() -> None:
 # -------------------------------------------------------------------- the natural gradient
 @dataclass
 class Given:
-    """One parameter x = 0 with a gradient; the loss is -gain(x), the divergence kl(x)."""
+    """Parameters x = 0 with a gradient; the loss is -gain(x), the divergence kl(x)."""
 
     gain: Callable[[Tensor], Tensor]
     divergence: Callable[[Tensor], Tensor]
-    gradient: float = -1.0
+    gradient: tuple[float, ...] = (-1.0,)
     clock: Clock = field(default_factory=Clock)
 
     def __post_init__(self) -> None:
-        self.x = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+        self.x = torch.zeros(len(self.gradient), dtype=torch.float64, requires_grad=True)
         self.parameters = [self.x]
 
     def backward(self) -> dict[str, Tensor]:
-        self.x.grad = torch.tensor([self.gradient], dtype=torch.float64)
+        self.x.grad = torch.tensor(self.gradient, dtype=torch.float64)
         return {"loss": torch.tensor(7.0)}
 
     def value(self) -> Tensor:
@@ -233,7 +265,7 @@ def test_the_share_is_of_the_expected_improvement() -> None:
 
 def test_the_whole_step_by_hand() -> None:
     """KL = x^2 / 2 has Hessian 1; damping 1/4 makes it 5/4. g = 2: direction 8/5, full step sqrt(2 delta / (5/4)) = 0.4."""
-    problem = Given(linear, lambda x: x.square() / 2, gradient=-2.0)
+    problem = Given(linear, lambda x: x.square() / 2, gradient=(-2.0,))
     report = NaturalGradient(delta=0.1, damping=0.25).bind(problem.parameters).step(problem)
     assert math.isclose(problem.x.item(), 0.4, rel_tol=1e-12)
     assert math.isclose(float(report["expected_improvement"]), 0.8, rel_tol=1e-6)
@@ -323,10 +355,27 @@ def test_parameters_that_the_loss_does_not_reach_stay() -> None:
     assert float(report["grad_norm"]) == 1.0
 
 
-def test_a_rejected_step_reports_nothing_but_the_gradient() -> None:
-    report = NaturalGradient().bind((problem := Given(linear, linear, gradient=math.nan)).parameters).step(problem)
-    assert [float(report[k]) for k in ("expected_improvement", "improvement", "kl", "accepted_step")] == [0.0] * 4
+@pytest.mark.parametrize("gradient", [(0.0,), (0.0, 0.0), (math.nan,), (1.0, math.nan), (math.inf, 1.0)])
+def test_without_a_gradient_no_divergence_is_computed(gradient: tuple[float, ...]) -> None:
+    """Nothing moves, and the report says so."""
+
+    def never(x: Tensor) -> Tensor:
+        raise AssertionError("the divergence was asked for")
+
+    problem = Given(linear, never, gradient)
+    stepper = NaturalGradient().bind(problem.parameters)
+    assert stepper._direction(problem, -torch.tensor(gradient)) == (None, 0.0)
+    report = stepper.step(problem)
+    assert [float(report[k]) for k in ("expected_improvement", "improvement", "kl", "accepted_step", "loss")] == [0.0] * 4 + [7.0]
+    assert bool((problem.x == 0).all())
+
+
+def test_a_residual_that_may_be_the_whole_gradient_leaves_no_direction() -> None:
+    """Conjugate gradients then stop at x = 0, whose curvature is 0: there is nothing to scale."""
+    problem = Given(linear, lambda x: x.square() / 2)
+    report = NaturalGradient(residual_tol=1.0).bind(problem.parameters).step(problem)
     assert problem.x.item() == 0.0
+    assert float(report["accepted_step"]) == 0.0
 
 
 def test_one_minibatch_of_everything_is_allowed() -> None:
@@ -337,4 +386,5 @@ def test_one_minibatch_of_everything_is_allowed() -> None:
         with pytest.raises(CallError, match="one step per batch"):
             trpo.but("mine", **change)
     assert NaturalGradient().needs == {"kl@now"}
+    assert NaturalGradient().requires == {Can.KL}
     assert NaturalGradient().alone
