@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from polopt.batch import FORCED, OWN, Batch, Clock
+from polopt.collect.items import ItemStream
 from polopt.columns import last_valid
 from polopt.errors import CallError
 from polopt.interfaces import Request, State
@@ -18,7 +19,7 @@ from polopt.method import Method
 from polopt.part import call
 from polopt.policies import exact
 from polopt.policies.table import TablePolicy, draw
-from polopt.run import Streams, seed_of
+from polopt.run import Streams
 from polopt.settings import Settings
 from polopt.stats import STATS
 from polopt.tasks.table import TableTask
@@ -38,28 +39,15 @@ class TableCollector:
         self.decoder = method.decoder
         self.streams = Streams(seed)
         self.want = settings.collect.prompts
-        self.epoch, self.place = 0, 0
-        self._order = self._shuffled(0)
+        self.items = ItemStream(self.world.prompts, self.seed)
         self._sums: dict[str, float] = {}
         self._spent = {"decisions": 0, "tokens": 0, "completions": 0}
         self._scores = {k: v.to(policy.device) for k, v in self.world.scores.items()}
 
     # ---------------------------------------------------------------- which prompts
-    def _shuffled(self, epoch: int) -> list[int]:
-        generator = torch.Generator().manual_seed(seed_of(self.seed, f"collect/items/{epoch}"))
-        return torch.randperm(self.world.prompts, generator=generator).tolist()
-
     def draw(self, n: int) -> list[int | None]:
         """The next `n` prompts; each epoch is a new permutation of all of them."""
-        out: list[int | None] = []
-        while len(out) < n:
-            if self.place == len(self._order):
-                self.epoch, self.place = self.epoch + 1, 0
-                self._order = self._shuffled(self.epoch)
-            some = self._order[self.place : self.place + n - len(out)]
-            self.place += len(some)
-            out += some
-        return out
+        return self.items.draw(n)
 
     # ---------------------------------------------------------------- answering
     def answer(self, requests: Sequence[Request], *, clock: Clock) -> Batch:
@@ -223,7 +211,7 @@ class TableCollector:
     def state(self) -> State:
         """Place in the stream of prompts, random streams, and what was counted but not reported yet."""
         return {
-            "epoch": self.epoch, "place": self.place, "streams": self.streams.state(), "sums": dict(self._sums),
+            **self.items.state(), "streams": self.streams.state(), "sums": dict(self._sums),
             "spent": dict(self._spent), "items": self.world.prompts,
         }  # fmt: skip
 
@@ -231,8 +219,7 @@ class TableCollector:
         """Restore from `state()`; refuses another number of prompts."""
         if state["items"] != self.world.prompts:
             raise CallError(f"the run was saved with {state['items']} prompts, {self.task.name} now has {self.world.prompts}")
-        self.epoch, self.place = state["epoch"], state["place"]
-        self._order = self._shuffled(self.epoch)
+        self.items.load(state)
         self.streams.load(state["streams"])
         self._sums, self._spent = dict(state["sums"]), dict(state["spent"])
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from polopt.batch import FORCED, OWN, Batch, Clock
+from polopt.collect.items import ItemStream
 from polopt.columns import last_valid
 from polopt.errors import CallError
 from polopt.interfaces import Request, State
@@ -42,27 +43,14 @@ class TextCollector:
         self.train, self.held_out = task.items("train"), task.items("eval")
         refuse_empty(self.train, "train", task.name)
         refuse_empty(self.held_out, "eval", task.name)
-        self.epoch, self.place = 0, 0
-        self._order = self._shuffled(0)
+        self.items = ItemStream(len(self.train), self.seed)
         self._sums: dict[str, float] = {}
         self._spent = {"decisions": 0, "tokens": 0, "completions": 0}
 
     # ---------------------------------------------------------------- which items
-    def _shuffled(self, epoch: int) -> list[int]:
-        generator = torch.Generator().manual_seed(seed_of(self.seed, f"collect/items/{epoch}"))
-        return torch.randperm(len(self.train), generator=generator).tolist()
-
     def draw(self, n: int) -> list[int | None]:
-        """The next `n` items; each epoch is a new permutation of all training items."""
-        out: list[int | None] = []
-        while len(out) < n:
-            if self.place == len(self._order):
-                self.epoch, self.place = self.epoch + 1, 0
-                self._order = self._shuffled(self.epoch)
-            some = self._order[self.place : self.place + n - len(out)]
-            self.place += len(some)
-            out += some
-        return out
+        """The next `n` items; each epoch is a new permutation of all of them."""
+        return self.items.draw(n)
 
     # ---------------------------------------------------------------- answering
     def answer(self, requests: Sequence[Request], *, clock: Clock) -> Batch:
@@ -210,7 +198,7 @@ class TextCollector:
     def state(self) -> State:
         """Place in the stream of items, random streams, and what was counted but not reported yet."""
         return {
-            "epoch": self.epoch, "place": self.place, "streams": self.streams.state(), "sums": dict(self._sums),
+            **self.items.state(), "streams": self.streams.state(), "sums": dict(self._sums),
             "spent": dict(self._spent), "items": len(self.train),
         }  # fmt: skip
 
@@ -218,8 +206,7 @@ class TextCollector:
         """Restore from `state()`; refuses another number of training items."""
         if state["items"] != len(self.train):
             raise CallError(f"the run was saved with {state['items']} training items, {self.task.name} now has {len(self.train)}")
-        self.epoch, self.place = state["epoch"], state["place"]
-        self._order = self._shuffled(self.epoch)
+        self.items.load(state)
         self.streams.load(state["streams"])
         self._sums, self._spent = dict(state["sums"]), dict(state["spent"])
 
