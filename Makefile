@@ -17,12 +17,12 @@ BIN   := $(VENV)/bin
 PIP   := $(BIN)/python -m pip --disable-pip-version-check --quiet
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo test lint format types imports docs tables bench torture evidence mutate lock clean
+.PHONY: help install demo test lint format types imports docs tables bench torture certify evidence mutate lock clean
 help:
 	@echo "make demo     install, train GRPO on $(DEMO_TASK), write a report"
 	@echo "make test     install, run all tests"
 	@echo "make install  create $(VENV) from the lock file; then $(BIN)/polopt --help"
-	@echo "make lint format types imports docs tables bench torture evidence mutate lock clean"
+	@echo "make lint format types imports docs tables bench torture certify evidence mutate lock clean"
 
 install: $(STAMP)
 
@@ -84,6 +84,10 @@ evidence: $(STAMP)
 # Faults are seeded into src/polopt/parts; MUTATE chooses some by file, kind or id ("--only gae sign").
 mutate: $(STAMP)
 	@$(BIN)/python tests/mutation/run.py --jobs $(JOBS) --json evidence/mutation.json $(MUTATE)
+
+# Everything that is proven about each method, anew; the certificates lie in evidence/certificates, docs/papers.md shows them.
+certify: $(STAMP)
+	@$(BIN)/polopt certify --all --jobs $(JOBS); status=$$?; $(BIN)/python tests/docs/tables.py; exit $$status
 
 lock:
 	@.ci/lock

@@ -9,6 +9,7 @@ import inspect
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -93,7 +94,58 @@ def data_options() -> str:
     )
 
 
-TABLES: dict[str, Callable[[], str]] = {f.__name__: f for f in (methods, warnings, parts, data_options, neutral, conditions)}
+def papers() -> str:
+    """Every method with what is stored about it: identities tested, evidence, certificate."""
+    import polopt
+    from polopt.evidence.proof import stored
+
+    rows = []
+    for name, m in polopt.methods().items():
+        known = stored.summary(m)
+        proof = known["certificate"]
+        certified = "-" if proof is None else f"{'certified' if proof['certified'] else 'NOT certified'} {_day(proof)}"
+        link = f"[`{name}`](#{name})"
+        parent = f"`{m.parent.name}`" if m.parent else ""
+        paper = ", ".join(x for x in (_paper(m.paper), str(m.year or "")) if x)
+        rows.append((link, paper, parent, str(len(known["identities"])), _evidence(known["evidence"]), certified))
+    return _table(("method", "paper", "a change of", "identities", "evidence", "certificate"), rows)
+
+
+def claims() -> str:
+    """A section for each method: the paper's claim, its miniature, what came out, what is certified."""
+    import polopt
+    from polopt.evidence.proof import stored
+
+    sections = []
+    for name, m in polopt.methods().items():
+        known = stored.summary(m)
+        found, proof, mini = known["evidence"], known["certificate"], m.miniature
+        lines = [f"## {name}", f"{m.title}, {_paper(m.paper)}. *The paper's claim:* {' '.join(m.claim.split())}"]
+        if mini is not None:
+            other = mini.baseline or (m.parent.name if m.parent else "itself before training")
+            lines.append(f"*In small:* {mini.claim} (`{mini.task}`, {mini.budget}, {mini.seeds} seeds, against {other})")
+        lines.append(f"*Evidence:* {found['sentence']} ({_day(found)})" if found else "*Evidence:* none yet.")
+        lines.append(f"*Certificate:* {proof['line']} ({_day(proof)})" if proof else "*Certificate:* none yet.")
+        if known["identities"]:
+            lines.append("*Identities tested:*\n\n" + "\n".join(f"- {t['text']}" for t in known["identities"]))
+        sections.append("\n\n".join(lines))
+    return "\n" + "\n\n".join(sections) + "\n\n"
+
+
+def _day(entry: dict[str, Any]) -> str:
+    return str(entry["date"] or "")[:10]
+
+
+def _evidence(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return "-"
+    gap = found["difference"] or {}
+    interval = "" if gap.get("low") is None else f" [{gap['low']:.3g}, {gap['high']:.3g}]"
+    return f"{found['result']}: {gap['mean']:+.3g}{interval}" if gap.get("mean") is not None else str(found["result"])
+
+
+FUNCTIONS = (methods, warnings, parts, data_options, neutral, conditions, papers, claims)
+TABLES: dict[str, Callable[[], str]] = {f.__name__: f for f in FUNCTIONS}
 
 
 def filled(text: str) -> str:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from polopt.errors import Misfit, PoloptError
 from polopt.evidence.proof import golden, invariance, small, stored, survival
+from polopt.interfaces import Event
 from polopt.loops.drive import drive
 from polopt.method import Method
 from polopt.overrides import resolve
@@ -111,6 +112,8 @@ def golden_trajectory(method: Method, path: Path, *, record: bool = False) -> Ch
     if record:
         made = golden.record(method, *small.world(method), path)
         return Check("ok", "golden recorded", "", {"mode": "recorded", "error": 0.0, "stack": dict(made.stack)})
+    if not path.is_file() and stored.repository() is None:
+        return Check("unknown", "golden unknown", "golden trajectories are not part of this installation")
     if not path.is_file():
         return Check("none", "no golden trajectory", "no golden trajectory is stored (--record makes one)")
     kept = golden.load(path)
@@ -141,6 +144,21 @@ def invariant(method: Method) -> Check:
     if not found.ok:
         return Check("failed", "invariance FAILS", f"invariance: off by {found.error:.1e} at {found.where}", details)
     return Check("ok", f"invariance {found.error:.0e}", "", details)
+
+
+class Best:
+    """An observer that keeps the best score after training began; an untrained policy may be lucky."""
+
+    score = float("-inf")
+
+    def start(self, info: Mapping[str, Any]) -> None: ...
+
+    def event(self, event: Event) -> None:
+        """Look at an evaluation."""
+        if event.evaluated:
+            self.score = max(self.score, float(event.metrics["eval_score"]))
+
+    def end(self, summary: Mapping[str, Any]) -> None: ...
 
 
 def floor(method: Method) -> Check:

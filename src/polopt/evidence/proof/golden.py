@@ -164,9 +164,9 @@ def _vendor() -> str:
 
 
 # -------------------------------------------------------------------- recording and checking
-def record(method: Method, task: str, settings: Mapping[str, Any], path: Path) -> Golden:
+def record(method: Method, task: str, settings: Mapping[str, Any], path: Path, *, updates: int = UPDATES) -> Golden:
     """Run the trajectory and store it."""
-    found = trace(method, task, settings)
+    found = trace(method, task, settings, updates=updates)
     made = Golden(
         method.name, task, dict(settings), stack(), found.start, found.batches, found.chain, torch.stack(found.sketch), found.final
     )

@@ -7,7 +7,7 @@ import functools
 import hashlib
 import json
 import sys
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,6 +18,12 @@ from polopt.paths import Slot, method_leaves
 
 FOLDER = "evidence"
 CERTIFICATES, GOLDEN = "certificates", "golden"
+#: What the catalogue shows of a stored file.
+EVIDENCE_SHOWN = (
+    "result", "sentence", "claim", "tested", "baseline", "task", "budget", "metric", "expect", "difference", "pairs", "seeds",
+    "date", "commit", "command",
+)  # fmt: skip
+CERTIFICATE_SHOWN = ("certified", "line", "reasons", "date", "commit", "seconds", "command")
 RESULTS = ("shown", "not shown", "undecided")
 
 
@@ -80,13 +86,11 @@ def summary(method: Method) -> dict[str, Any]:
     identities = (proof or {}).get("identities") or {}
     return {
         "identities": [{"test": t["test"], "text": t["text"]} for t in identities.get("tests", [])],
-        "evidence": found,
-        "certificate": None if proof is None else {**_brief(proof), "stale": proof.get("fingerprint") != fingerprint(method)},
-    }
-
-
-def _brief(proof: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: proof.get(k) for k in ("certified", "line", "reasons", "date", "commit", "seconds", "command")}
+        "evidence": None if found is None else {k: found.get(k) for k in EVIDENCE_SHOWN},
+        "certificate": None if proof is None else {
+            **{k: proof.get(k) for k in CERTIFICATE_SHOWN}, "stale": proof.get("fingerprint") != fingerprint(method),
+        },
+    }  # fmt: skip
 
 
 def words(method: Method) -> tuple[str, str]:
@@ -112,7 +116,7 @@ def _leaves(method: Method) -> list[tuple[str, Any]]:
 
 def _text(value: Any) -> str:
     many = value if isinstance(value, tuple) else () if value is None else (value,)
-    return "+".join(f"{type(p).__module__.rpartition('.')[2]}.{type(p).__qualname__}" for p in many)
+    return "+".join(f"{p.name} {type(p).__qualname__}" for p in many)
 
 
 @functools.cache
