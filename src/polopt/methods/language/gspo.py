@@ -26,7 +26,7 @@ GSPO = register(
         claim="More stable and efficient than GRPO, above all for mixture-of-experts models.",
         miniature=Miniature(
             "text:spell_backward", "30-updates",
-            "A small language model learns faster than with GRPO's clip, both with four gradient steps per batch and no KL penalty.",
+            "A small language model learns faster than with GRPO's clip at four gradient steps per batch and no KL penalty.",
             reduce="auc", seeds=5, points=6, settings={"minibatches": 4}, other={"penalty.coef": 0.0},
         ),
         floor=Floor("text:spell_backward", "12-updates", 0.5, settings={"evaluate.points": 2, "evaluate.episodes": 128}),
