@@ -310,6 +310,14 @@ def test_a_method_without_a_miniature_is_refused(tmp_path: Path) -> None:
         polopt.check_evidence(REINFORCE.but("bare"), out=tmp_path)
 
 
+def test_results_of_methods_of_ones_own_stay_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert Evidence().path(REINFORCE.but("mine")) == tmp_path / "evidence/mine.json"
+    assert Evidence().path(replace(REINFORCE, miniature=None)) == tmp_path / "evidence/reinforce.json"
+    assert Evidence().path(REINFORCE) == stored.home() / "reinforce.json"
+    assert Evidence("x").path(REINFORCE) == Path("x/reinforce.json")
+
+
 def test_the_command_line(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = str(place / "evidence")
     name = f"{place}/mine.py:MINE"

@@ -21,7 +21,7 @@ from polopt.evidence.markup import strict, write
 from polopt.evidence.proof import miniature, stored
 from polopt.evidence.proof.miniature import Arm, arms, baseline_name, declared, digest, miniature_of, resolved, values
 from polopt.method import Method
-from polopt.registry import get_method
+from polopt.registry import all_methods, get_method
 
 #: Folders and modules of the library that no number of a run depends on.
 APART = ("evidence", "cli", "integrations", "assets", "methods", "api.py", "catalogue.py", "claim.py", "__init__.py", "__main__.py")
@@ -83,22 +83,23 @@ class Checked:
 class Evidence:
     """Gathers evidence of methods; runs that several of them share are done once.
 
-    out: where results are stored (default: `evidence` here or in the repository); runs: where runs are kept; jobs: runs side by
-    side (default: one per core); again: anew, even where a stored result and finished runs exist.
+    out: where results are stored (default: `evidence` here, or for the library's methods that of the repository); runs: where runs
+    are kept; jobs: runs side by side (default: one per core); again: anew, even where a stored result and finished runs exist.
     """
 
     def __init__(
         self, out: Path | str | None = None, *, runs: Path | str = RUNS, jobs: int | None = None, again: bool = False,
         quiet: bool = True,
     ) -> None:  # fmt: skip
-        self.out = stored.home() if out is None else Path(out).expanduser()
+        self.out = None if out is None else Path(out).expanduser()
         self.runs, self.jobs, self.again, self.quiet = Path(runs), jobs, again, quiet
         self._renewed: set[Path] = set()
 
     # ---------------------------------------------------------------- results
     def path(self, method: Method) -> Path:
         """Where a method's result is stored."""
-        return self.out / f"{method.name}.json"
+        own = all_methods().get(method.name) != method
+        return (self.out or (Path.cwd() / stored.FOLDER if own else stored.home())) / f"{method.name}.json"
 
     def stored(self, method: Method) -> dict[str, Any] | None:
         """A method's stored result. Raises `CallError` if it is damaged."""
@@ -125,9 +126,10 @@ class Evidence:
             assert known is not None
             return Gathered(method.name, known, self.path(method), False)
         result = self.carry_out(method, given)
-        self.out.mkdir(parents=True, exist_ok=True)
-        write(self.path(method), (json.dumps(result, indent=1, ensure_ascii=False) + "\n").encode())
-        return Gathered(method.name, result, self.path(method), True)
+        path = self.path(method)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(path, (json.dumps(result, indent=1, ensure_ascii=False) + "\n").encode())
+        return Gathered(method.name, result, path, True)
 
     def check(self, which: str | Method) -> Checked:
         """Repeat a stored experiment in a new folder. Raises `CallError` where nothing is stored."""
