@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from polopt.api import (
+        certify,
         check_evidence,
         compare,
         diff,
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 #: public name -> module that defines it
 _HOME = {
     **dict.fromkeys(("compare", "diff", "evaluate", "explain", "load", "method", "methods", "resume", "train"), "polopt.api"),
-    **dict.fromkeys(("check_evidence", "gather_evidence"), "polopt.api"),
+    **dict.fromkeys(("certify", "check_evidence", "gather_evidence"), "polopt.api"),
     "Batch": "polopt.batch",
     **dict.fromkeys(("CallError", "PoloptError"), "polopt.errors"),
     **dict.fromkeys(("Method", "Update"), "polopt.method"),
@@ -47,8 +48,8 @@ _HOME = {
 }
 
 __all__ = [
-    "Batch", "CallError", "Method", "Part", "PoloptError", "Range", "Update", "__version__", "check_evidence", "compare", "diff",
-    "evaluate", "explain", "gather_evidence", "load", "method", "methods", "register", "register_part", "resume", "train",
+    "Batch", "CallError", "Method", "Part", "PoloptError", "Range", "Update", "__version__", "certify", "check_evidence", "compare",
+    "diff", "evaluate", "explain", "gather_evidence", "load", "method", "methods", "register", "register_part", "resume", "train",
 ]  # fmt: skip
 
 

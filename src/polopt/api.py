@@ -16,6 +16,7 @@ from polopt.run import RunFolder
 
 if TYPE_CHECKING:
     from polopt.evidence.compare.run import Compared
+    from polopt.evidence.proof.certify import Certificate
     from polopt.evidence.proof.gather import Checked, Gathered
     from polopt.interfaces import Observer, Policy, Task
     from polopt.loops.drive import Run
@@ -44,6 +45,19 @@ def diff(a: str | Method, b: str | Method) -> str:
     from polopt.evidence.proof.difference import difference
 
     return difference(_method(a), _method(b)).text()
+
+
+def certify(which: str | Method, *, out: str | Path | None = None) -> Certificate:
+    """Check a method as `polopt certify METHOD` does: identities, oracle, golden trajectory, kill and resume, invariance, floor.
+
+    Returns the certificate (`.certified`, `.line`, `.reasons`, `.json()`); with `out` it is also stored as `out`/<method>.json.
+    """
+    from polopt.evidence.proof.certify import certify
+
+    made = certify(_method(which))
+    if out is not None:
+        made.write(Path(out))
+    return made
 
 
 def _method(which: str | Method) -> Method:
@@ -187,7 +201,7 @@ def gather_evidence(
 ) -> Gathered:
     """Run a method's miniature experiment, judge it and store the result, as `polopt evidence METHOD` does.
 
-    out: where results are stored (default: `evidence` here or in the repository). A stored result of the present experiment is
+    out: where results are stored (default: `evidence`). A stored result of the present experiment is
     given back as it is, unless `again`. Runs are kept in runs/evidence: none is done twice, and what was interrupted goes on.
     Raises `CallError` for a method that declares no miniature.
     """
@@ -247,6 +261,6 @@ def _which(which: str) -> str:
 
 
 __all__ = [
-    "check_evidence", "compare", "diff", "evaluate", "explain", "gather_evidence", "launch", "load", "method", "methods", "resume",
-    "train",
+    "certify", "check_evidence", "compare", "diff", "evaluate", "explain", "gather_evidence", "launch", "load", "method", "methods",
+    "resume", "train",
 ]  # fmt: skip

@@ -68,6 +68,17 @@ def test_the_repository_and_the_package_are_places() -> None:
     assert package.resolve() == repository.resolve()  # a link: what a wheel ships
 
 
+def test_new_results_go_to_the_repository_only_from_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = stored.repository()
+    assert root is not None
+    for place, wanted in ((tmp_path, tmp_path), (root, root), (root / "docs", root)):
+        monkeypatch.chdir(place)
+        assert stored.home() == wanted / "evidence"
+    (tmp_path / "evidence").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert stored.home() == tmp_path / "evidence"
+
+
 @pytest.mark.parametrize("text", ["", "{", "[1]", "\x00"])
 def test_damaged_files_are_named(here: Path, text: str) -> None:
     put(here / "evidence" / "ppo.json", text)

@@ -60,6 +60,9 @@ def line(proof: Proof, slot: str) -> Line:
 
 
 # -------------------------------------------------------------------- every method
+@pytest.mark.identity(
+    "*", "nothing but its own parts differs from its parent: each part at its neutral value gives the parent's gradient"
+)
 @pytest.mark.parametrize("name", CHILDREN)
 def test_every_method_differs_from_its_parent_in_its_parts_alone(name):
     method = polopt.method(name)

@@ -41,8 +41,10 @@ def folders() -> list[Path]:
 
 
 def home() -> Path:
-    """Where new results go: `evidence` here if there is one, else that of the repository, else `evidence` here."""
-    return next((f for f in folders()[:-1] if f.is_dir()), Path.cwd() / FOLDER)
+    """Where new results go: `evidence` here, or in the repository where it is being worked in."""
+    here, root = Path.cwd() / FOLDER, repository()
+    inside = root is not None and Path.cwd().resolve().is_relative_to(root.resolve())
+    return root / FOLDER if root is not None and inside and not here.is_dir() else here
 
 
 def find(*parts: str) -> Path | None:
