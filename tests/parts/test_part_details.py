@@ -355,3 +355,37 @@ def test_what_the_dual_clip_cuts() -> None:
     assert Clip().cut(batch, now, advantage).tolist() == [[True, False, False, False, False, False]]
     assert Clip(dual=2.0).cut(batch, now, advantage).tolist() == [[True, False, True, True, False, False]]
     assert Clip(dual=2.0).cut(batch, now, -advantage).tolist() == [[False, True, True, True, False, False]]
+
+
+@pytest.mark.parametrize("part", [Clip(0.0, 0.0), SequenceClip(0.0, 0.0)])
+def test_a_ratio_at_the_bound_is_not_cut(part: Any) -> None:
+    """Even between bounds of width 0 the ratio 1 has its whole gradient, -A."""
+    old = torch.zeros(2, 1, dtype=torch.float64)
+    logp = torch.zeros(2, 1, dtype=torch.float64, requires_grad=True)
+    advantage = torch.tensor([[2.0], [-3.0]]).double()
+    batch = Batch.of(logp_old=old)
+    run(part, batch, {"logp@now": logp, "advantage": advantage}).sum().backward()
+    assert logp.grad is not None
+    assert logp.grad.tolist() == [[-2.0], [3.0]]
+    assert part.cut(batch, Now({"logp": logp.detach()}), advantage).tolist() == [[False], [False]]
+
+
+def test_a_ratio_at_the_dual_bound_is_not_cut() -> None:
+    """There both sides of the maximum are equal, and half of the gradient remains."""
+    logp = torch.tensor([[2.0]], dtype=torch.float64).log().requires_grad_()
+    assert logp.exp().item() == 2.0
+    batch, down = Batch.of(logp_old=torch.zeros(1, 1, dtype=torch.float64)), torch.tensor([[-1.0]], dtype=torch.float64)
+    run(Clip(dual=2.0), batch, {"logp@now": logp, "advantage": down}).sum().backward()
+    assert logp.grad is not None
+    assert logp.grad.item() == 1.0
+    assert not bool(Clip(dual=2.0).cut(batch, Now({"logp": logp.detach()}), down).any())
+
+
+def test_each_side_of_the_sequence_clip_has_its_own_bound() -> None:
+    """3e-4 below and 4e-4 above: 1.00035 is inside, 0.99965 is not."""
+    logp = torch.tensor([[1.00035], [1.00045], [0.99965], [0.99975]], dtype=torch.float64).log()
+    batch, now = Batch.of(logp_old=torch.zeros(4, 1).double()), Now({"logp": logp})
+    sign = torch.tensor([[1.0], [1.0], [-1.0], [-1.0]]).double()
+    assert SequenceClip().cut(batch, now, sign).flatten().tolist() == [False, True, True, False]
+    loss = run(SequenceClip(), batch, {"logp@now": logp, "advantage": sign}).flatten()
+    np.testing.assert_allclose(loss.numpy(), [-1.00035, -1.0004, 0.9997, 0.99975], rtol=1e-12)

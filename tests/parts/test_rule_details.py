@@ -297,6 +297,15 @@ def test_damping_is_raised_tenfold_four_times(curvature: float, damping: float, 
         assert math.isclose(expected, full.item(), rel_tol=1e-12)
 
 
+def test_damping_is_raised_where_the_curvature_overflows() -> None:
+    """x.Fx = g^2 / damping: 1e310 and 1e309 are infinite in float64, 1e308 is not; the step is sqrt(2 delta / 0.01) = 10 long."""
+    rule = NaturalGradient(delta=0.5, damping=1e-4)
+    problem = Given(linear, lambda x: x)
+    full, _ = rule.bind(problem.parameters)._direction(problem, torch.tensor([1e153], dtype=torch.float64))
+    assert full is not None
+    assert math.isclose(full.item(), 10.0, rel_tol=1e-9)
+
+
 def test_defaults_are_those_of_the_reference_implementation() -> None:
     """Spinning Up's TRPO: delta 0.01, damping 0.1, 10 iterations, factor 0.8, 10 tries; any improvement is accepted."""
     problem = Given(linear, lambda x: x.square() / 2)
