@@ -180,7 +180,7 @@ class Evidence:
         """The stored file's content."""
         m = miniature_of(method)
         versions = next((dict(r.versions) for r in runs if r.versions), {})
-        commits = sorted({str(r.versions.get("commit")) for r in runs if r.versions.get("commit")})
+        commits = [c for r in sorted(runs, key=_began) if (c := r.versions.get("commit"))]
         hardware = {k: versions.pop(k, None) for k in ("cpu", "cpu_count", "gpu", "platform")}
         hardware["cpu"] = hardware["cpu"] or next((v for r in runs if (v := _versions(r).get("cpu"))), None)
         versions.pop("commit", None)
@@ -191,7 +191,8 @@ class Evidence:
             "metric": m.metric, "reduce": m.reduce, "expect": m.expect, "margin": m.margin, "baseline": baseline_name(method),
             "settings": dict(m.settings), "own": dict(m.own), "other": dict(m.other), "seeds": list(range(m.seeds)),
             "difference": weighed["difference"], "pairs": weighed["pairs"], "arms": weighed["arms"],
-            "core_seconds": round(sum(_seconds(r) for r in runs), 1), "commit": commits[-1] if len(commits) == 1 else commits,
+            "core_seconds": round(sum(_seconds(r) for r in runs), 1),
+            "commit": commits[-1] if commits else None, "commits": sorted(set(commits)),
             "date": time.strftime("%Y-%m-%d", time.gmtime()), "versions": versions, "hardware": hardware,
             "command": f"polopt evidence {given or method.name} --again", "miniature": declared(m),
             "fingerprint": miniature.fingerprint(method),
@@ -234,6 +235,10 @@ def _documented(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFun
 def _seconds(run: RunResult) -> float:
     """Processor time of a run's process; what the clock showed, for a run whose processor time is not known."""
     return float(read_record(run.folder).get("cpu_seconds") or run.wall_seconds or 0.0)
+
+
+def _began(run: RunResult) -> str:
+    return str(read_record(run.folder).get("began"))
 
 
 def _versions(run: RunResult) -> Mapping[str, Any]:
