@@ -78,13 +78,15 @@ def _line(found: Gathered) -> str:
 def _table(results: Sequence[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table("method", "baseline", "task", "what", "result", "difference", "core seconds")
+    table = Table()
+    for name in ("method", "baseline", "task", "result", "difference", "core seconds"):
+        table.add_column(name, no_wrap=True)
     for r in results:
         gap = r["difference"]
         spread = "" if gap["low"] is None else f" [{gap['low']:.3g}, {gap['high']:.3g}]"
-        table.add_row(
-            r["method"], r["baseline"], r["task"], f"{r['metric']} {r['reduce']} {r['expect']}", r["result"],
-            "-" if gap["mean"] is None else f"{gap['mean']:+.3g}{spread}", f"{r['core_seconds']:.0f}",
-        )  # fmt: skip
-    Console().print(table)
+        difference = "-" if gap["mean"] is None else f"{gap['mean']:+.3g}{spread}"
+        table.add_row(r["method"], r["baseline"], r["task"], r["result"], Text(difference), f"{r['core_seconds']:.0f}")
+    console = Console()
+    Console(width=max(console.width, 136)).print(table)
