@@ -141,7 +141,8 @@ def _evidence(found: dict[str, Any] | None) -> str:
         return "-"
     gap = found["difference"] or {}
     interval = "" if gap.get("low") is None else f" [{gap['low']:.3g}, {gap['high']:.3g}]"
-    return f"{found['result']}: {gap['mean']:+.3g}{interval}" if gap.get("mean") is not None else str(found["result"])
+    number = f"{gap['mean']:+.3g}{interval}" if gap.get("mean") is not None else ""
+    return f"{found['result']}: {number} against `{found['baseline']}`"
 
 
 FUNCTIONS = (methods, warnings, parts, data_options, neutral, conditions, papers, claims)
