@@ -92,7 +92,7 @@ def _say(found: Compared) -> int:
     tuned = [
         f"{c.name} tuned: {', '.join(f'{k} = {plain(v)}' for k, v in c.tuned.items())}" for c in comparison.contestants if c.tuned
     ]
-    for line in [*verdict(found.analysis), *tuned, *(f"Note: {n}" for n in comparison.notes)]:
+    for line in [*verdict(found.analysis), *tuned]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     failed = [r for r in comparison.runs if r.status != "done"]
     for run in failed[:10]:

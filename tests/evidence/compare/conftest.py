@@ -24,7 +24,7 @@ class Shared:
     worker: schedule.Worker | None = None
     log: Path = Path()
 
-    def __init__(self, log: Path, preload: Any) -> None:
+    def __init__(self, log: Path, preload: Any, lock: int | None = None) -> None:
         if Shared.worker is None or Shared.worker.process.poll() is not None:
             Shared.worker = schedule.Worker(Shared.log / "worker.log", modules_for("control"))
 
@@ -53,7 +53,7 @@ def go(tmp_path: Path, _shared: type[Shared], monkeypatch: pytest.MonkeyPatch) -
     made = schedule.Worker
 
     class Worker(Shared):
-        def __init__(self, log: Path, preload: Any) -> None:
+        def __init__(self, log: Path, preload: Any, lock: int | None = None) -> None:
             monkeypatch.setattr(schedule, "Worker", made)
             try:
                 super().__init__(log, preload)

@@ -8,6 +8,7 @@ import shutil
 import string
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 from polopt.errors import CallError, unknown
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 #: What the command of an external program may refer to, besides the unit of the budget.
 PLACEHOLDERS = ("task", "seed", "budget", "out", "episodes", "points")
+#: Longer names are shortened as folders' names (file systems take 255 bytes).
+LONGEST = 120
 
 
 @dataclass(frozen=True)
@@ -34,12 +37,13 @@ class Entry:
     @property
     def folder(self) -> str:
         """The name as a folder's name."""
-        return slug(self.name)
+        whole = slug(self.name)
+        return whole if len(whole) <= LONGEST else f"{whole[: LONGEST - 9]}-{sha256(self.name.encode()).hexdigest()[:8]}"
 
 
 def slug(text: str) -> str:
-    """Letters, digits and a few signs that are safe in a file's name; everything else becomes a dash."""
-    return re.sub(r"[^A-Za-z0-9._=,+-]+", "-", text).strip("-") or "x"
+    """Letters, digits and a few signs that are safe in a file's name; everything else becomes a dash. Never hidden, never `..`."""
+    return re.sub(r"[^A-Za-z0-9._=,+-]+", "-", text).strip("-").lstrip(".") or "x"
 
 
 def parse(word: str) -> Entry:

@@ -131,7 +131,7 @@ def inspect_run(folder: Path) -> State:
     _json(folder / RECORD)
     summary = _json(folder / "summary.json")
     if not (folder / "config.yaml").exists():
-        if RunFolder(folder).newest() is not None or summary is not None:
+        if RunFolder(folder).newest() is not None or summary is not None or read_metrics(folder, whole=False):
             raise Damaged("config.yaml is missing")
         return "absent"
     try:
@@ -186,7 +186,7 @@ def read_metrics(folder: Path, *, whole: bool) -> list[dict[str, Any]]:
         return []
     except (OSError, UnicodeDecodeError) as error:
         raise Damaged(f"metrics.jsonl cannot be read: {error}") from error
-    lines = text.splitlines()
+    lines = text.rstrip("\n").split("\n")  # splitlines would also split at separators that JSON allows inside a string
     found: list[dict[str, Any]] = []
     for i, line in enumerate(lines):
         if not line.strip():

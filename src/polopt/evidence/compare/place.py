@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +13,7 @@ from pathlib import Path
 from polopt.errors import CallError
 from polopt.evidence.compare.plan import Asked, default_name
 from polopt.evidence.compare.read import PLAN
+from polopt.evidence.compare.worker import GRACE
 
 
 def folder_of(asked: Asked, out: str | Path | None) -> Path:
@@ -35,21 +38,43 @@ def folder_of(asked: Asked, out: str | Path | None) -> Path:
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Refuse a second process that works on the same comparison."""
+def alone(folder: Path) -> Iterator[int]:
+    """Refuse a second process that works on the same comparison; gives the lock's handle, which the worker is to hold as well.
+
+    Where the process that took the lock was killed, its runs may still be saving: they are waited for.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         raise CallError(f"cannot write to {folder}: {error.strerror}") from error
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise CallError(f"another process is comparing in {folder}; wait for it, or give another --out") from None
-        yield
+        end = time.monotonic() + GRACE + 5
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if _lives(os.pread(handle, 32, 0)) or time.monotonic() > end:
+                    raise CallError(f"another process is comparing in {folder}; wait for it, or give another --out") from None
+                time.sleep(0.1)
+        with contextlib.suppress(OSError):  # a full disk: the first run will say so
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, str(os.getpid()).encode(), 0)
+        yield handle
     finally:
         os.close(handle)
+
+
+def _lives(text: bytes) -> bool:
+    """Whether the process that took a lock lives; yes where it cannot be told."""
+    try:
+        os.kill(int(text), 0)
+    except ProcessLookupError:
+        return False
+    except (ValueError, OSError):
+        return True
+    return True
 
 
 __all__ = ["alone", "folder_of"]

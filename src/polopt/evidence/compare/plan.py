@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polopt.errors import CallError, Misfit, unknown
-from polopt.evidence.compare.entries import Entry, fill, plain, refuse_command, refuse_names, slug, word_of
+from polopt.evidence.compare.entries import Entry, fill, parse, plain, refuse_command, refuse_names, slug, word_of
 from polopt.loops.build import iteration_size
 from polopt.overrides import Layer, Resolved, resolve
 from polopt.paths import guess
@@ -84,12 +86,17 @@ def seeds_of(given: int | str | Sequence[int]) -> tuple[int, ...]:
     """5 means 0..4; `0,3,7` and sequences are the seeds themselves. None at all, negative ones and duplicates are refused."""
     if isinstance(given, str):
         words = [w.strip() for w in given.split(",") if w.strip()]
-        if not words or not all(w.lstrip("-").isdigit() for w in words):
+        if not words or not all(re.fullmatch(r"-?[0-9]+", w) for w in words):
             raise CallError(f"--seeds '{given}': write a number of seeds (5) or the seeds themselves (0,3,7)")
         given = int(words[0]) if "," not in given else [int(w) for w in words]
-    if isinstance(given, bool):
-        raise CallError(f"seeds = {given}: expected a number or a list of seeds")
-    seeds = tuple(range(given)) if isinstance(given, int) else tuple(int(s) for s in given)
+    try:
+        if isinstance(given, bool):
+            raise TypeError
+        if not isinstance(given, Iterable):
+            given = index(given)  # also NumPy's integers
+        seeds = tuple(range(given)) if isinstance(given, int) else tuple(index(s) for s in given)
+    except TypeError:
+        raise CallError(f"seeds = {given!r}: expected a number or a list of seeds") from None
     if not seeds or (isinstance(given, int) and given < 1):
         raise CallError(f"seeds = {given}: at least one seed is needed; 5 is a good start")
     if bad := [s for s in seeds if s < 0]:
@@ -283,10 +290,10 @@ def default_name(asked: Asked) -> str:
 
 def command_of(asked: Asked, out: Path, jobs: int | None = None) -> str:
     """The command that repeats the comparison; for methods or tasks made in Python, the call."""
-    whole = isinstance(asked.task, str) and all(isinstance(e.method, str) for e in asked.entries)
+    whole = isinstance(asked.task, str) and all(_can_be_written(e) for e in asked.entries)
     values = [*asked.settings.values(), *(v for e in asked.entries for v in e.settings.values())]
     if not whole or not all(isinstance(v, str | int | float | bool | tuple | list | None) for v in values):
-        return _call_of(asked)
+        return _call_of(asked, out)
     words = ["polopt", "compare", *(word_of(e) for e in asked.entries if not e.command)]
     for e in asked.entries:
         words += ["--external", f"{e.name}={e.command}"] if e.command else []
@@ -306,7 +313,20 @@ def command_of(asked: Asked, out: Path, jobs: int | None = None) -> str:
     return shlex.join([*words, *(["--jobs", str(jobs)] if jobs is not None else [])])
 
 
-def _call_of(asked: Asked) -> str:
+def _can_be_written(entry: Entry) -> bool:
+    """Whether the command line can ask for this contestant: its name may hold signs that mean something else there."""
+    if entry.command:
+        return " " not in entry.name and "=" not in entry.name
+    if not isinstance(entry.method, str):
+        return False
+    try:
+        again = parse(word_of(entry))
+    except CallError:
+        return False
+    return (again.name, again.method, set(again.settings)) == (entry.name, entry.method, set(entry.settings))
+
+
+def _call_of(asked: Asked, out: Path) -> str:
     def shown(value: Any) -> str:
         simple = isinstance(value, str | int | float | bool | None | tuple | list)
         return repr(value) if simple else f"<{getattr(value, 'name', type(value).__name__)}>"
@@ -319,8 +339,15 @@ def _call_of(asked: Asked) -> str:
         if not e.command
     ]
     rest = f"seeds={list(asked.seeds)}, budget={asked.text!r}, points={asked.points}"
+    programs = {e.name: e.command for e in asked.entries if e.command}
+    optional: list[tuple[str, Any, Any]] = [
+        ("episodes", asked.episodes, None), ("metric", asked.metric, "eval_score"), ("external", programs, {}),
+        ("lower_is_better", not asked.higher_is_better, False), ("baseline", asked.baseline, None), ("tune", asked.tune, 0),
+        ("tune_seeds", asked.tune_seeds, 2), ("search", list(asked.search), []),
+    ]  # fmt: skip
+    rest += "".join(f", {name}={value!r}" for name, value, default in optional if value != default)
     over = f", overrides={{{', '.join(f'{k!r}: {shown(v)}' for k, v in asked.settings.items())}}}" if asked.settings else ""
-    return f"polopt.compare({{{', '.join(entries)}}}, task={shown(asked.task)}, {rest}{over})"
+    return f"polopt.compare({{{', '.join(entries)}}}, task={shown(asked.task)}, {rest}{over}, out={str(out)!r})"
 
 
 __all__ = [

@@ -16,7 +16,7 @@ from polopt.evidence.compare.folders import Damaged, read_metrics, read_record
 from polopt.evidence.compare.results import Comparison, Contestant, RunResult, Status
 
 PLAN = "plan.json"
-#: Where metrics.jsonl says what was spent.
+#: Where metrics.jsonl says what was spent; an external program may use the unit's own name as well.
 SPENT = {"updates": "update"}
 #: An external program that spent less than this share of the budget was not compared at equal budget.
 LEAST = 0.9
@@ -56,9 +56,8 @@ def read_run(folder: Path, contestant: Contestant, seed: int, plan: Mapping[str,
         problem = ""
     except Damaged as error:
         lines, problem = [], str(error)
-    key, unit = plan["metric"], plan["unit"]
-    spent_key = SPENT.get(unit, unit)
-    scored = [line for line in lines if key in line and isinstance(line.get(spent_key), int | float)]
+    key, spent_key = plan["metric"], spent_in(lines, plan["unit"])
+    scored = _scored(lines, key, spent_key)
     score = [_number(line[key]) for line in scored]
     columns = {k: [_number(line.get(k)) for line in scored] for k in dict.fromkeys((spent_key, "seconds", "decisions"))}
     if key == "eval_score" and "eval_score_initial" in summary and not (columns[spent_key] and columns[spent_key][0] == 0):
@@ -103,7 +102,7 @@ def _judge(
 ) -> tuple[Status, str]:  # fmt: skip
     """Whether a run that ended by itself counts: its last score is a number, and it spent the budget."""
     if not score:
-        return "failed", f"no '{plan['metric']}' in metrics.jsonl{nearest(plan['metric'], {k for line in lines for k in line})}"
+        return "failed", missing(lines, plan)
     if not math.isfinite(score[-1]):
         return "failed", f"its last {plan['metric']} is not a number"
     if contestant.command:
@@ -111,6 +110,28 @@ def _judge(
         if most < LEAST * plan["budget"]:
             return "failed", f"ended after {most:g} of {plan['budget']:g} {plan['unit']}"
     return "done", ""
+
+
+def spent_in(lines: Sequence[Mapping[str, Any]], unit: str) -> str:
+    """The key under which these lines say what was spent."""
+    usual = SPENT.get(unit, unit)
+    return unit if lines and not any(usual in line for line in lines) and any(unit in line for line in lines) else usual
+
+
+def _scored(lines: Sequence[Mapping[str, Any]], key: str, spent_key: str) -> list[Mapping[str, Any]]:
+    """The lines with a score and with a number for what was spent."""
+    return [line for line in lines if key in line and math.isfinite(_number(line.get(spent_key)))]
+
+
+def missing(lines: Sequence[Mapping[str, Any]], plan: Mapping[str, Any]) -> str:
+    """What metrics.jsonl lacks to count, empty if nothing."""
+    key, keys = plan["metric"], {k for line in lines for k in line}
+    if key not in keys:
+        return f"no '{key}' in metrics.jsonl{nearest(key, keys)}"
+    spent_key = spent_in(lines, plan["unit"])
+    if not _scored(lines, key, spent_key):
+        return f"no line of metrics.jsonl has both '{key}' and a number for '{spent_key}', what was spent of the budget"
+    return ""
 
 
 def _number(value: Any) -> float:
@@ -153,4 +174,4 @@ def _last_of(path: Path) -> str:
     return lines[-1].strip() if lines else ""
 
 
-__all__ = ["PLAN", "read_comparison", "read_run"]
+__all__ = ["PLAN", "missing", "read_comparison", "read_run", "spent_in"]

@@ -108,8 +108,8 @@ def compare(
 ) -> Compared:
     """Run what was asked for (see `polopt.compare` and `ask`): every contestant on every seed, side by side."""
     comparing = _begin(contestants, task, out, jobs, timeout, quiet, asking)
-    with alone(comparing.folder):
-        return comparing.carry_out(page=page)
+    with alone(comparing.folder) as lock:
+        return comparing.carry_out(page=page, lock=lock)
 
 
 def describe(
@@ -157,13 +157,13 @@ class _Comparing:
         self.notes: list[str] = []
         self.command = command_of(asked, folder, jobs)
 
-    def carry_out(self, *, page: bool) -> Compared:
-        """Tune, run, read, weigh, show."""
+    def carry_out(self, *, page: bool, lock: int | None = None) -> Compared:
+        """Tune, run, read, weigh, show. lock: an open file to be held as long as any run lives."""
         if not self.asked.tune:
             self.refuse_others()
         domains = dict.fromkeys(a.resolved.task.domain for a in self.arms if a.resolved is not None)
         modules = [m for d in domains for m in modules_for(d)]
-        scheduler = Scheduler(self.folder, self.slots, modules, _Silent(), timeout=self.timeout)
+        scheduler = Scheduler(self.folder, self.slots, modules, _Silent(), timeout=self.timeout, lock=lock)
         self.save_plan()
         try:
             if self.asked.tune:
@@ -207,6 +207,11 @@ class _Comparing:
             there = sum(self._finished(arm, seed) for seed in a.seeds)
             lines.append(" ".join(words) + f" ({there} of {len(a.seeds)} runs are there)" * bool(there))
         if a.tune:
+            from polopt.evidence.compare.tune import search_space
+
+            for arm in self.arms:
+                if arm.resolved is not None:
+                    search_space(a, arm)  # refuses what cannot be searched
             lines.append(f"before that {a.tune} settings x {a.tune_seeds} seeds for each method to tune it")
         return "\n".join(lines)
 
@@ -262,6 +267,11 @@ class _Comparing:
                 if identity is None:
                     if inspect_external(path) != "absent":
                         _refuse_other_program(path, self.program(arm, seed))
+                elif command := read_record(path).get("command"):
+                    raise CallError(
+                        f"{path} holds a run of the program '{command}', {arm.name} is a method here; give another --out or name, "
+                        "or move that folder away"
+                    )
                 elif inspect_run(path) != "absent":
                     identity.refuse_other(path, seed)
             except Damaged:
@@ -279,7 +289,8 @@ class _Comparing:
 
     def make_job(self, arm: Arm, path: Path, seed: int) -> Job:
         """One run."""
-        job = Job(arm.name, seed, path, metric=self.asked.metric)
+        a = self.asked
+        job = Job(arm.name, seed, path, plan={"metric": a.metric, "unit": a.budget.unit, "budget": a.budget.amount})
         record: dict[str, Any] = {"contestant": arm.name, "seed": seed, "versions": self.versions}
         if arm.resolved is None:
             job.words = external_words(self.asked, arm.entry, seed, path.resolve())

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 from polopt.errors import CallError, PoloptError
 from polopt.evidence.compare import worker
 from polopt.evidence.compare.folders import note, read_metrics, read_record, set_aside
+from polopt.evidence.compare.read import missing
 
 #: A run that was killed is continued this often.
 CONTINUED = 1
@@ -38,7 +39,7 @@ class Job:
     words: Sequence[str] = ()
     record: Mapping[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    metric: str = "eval_score"
+    plan: Mapping[str, Any] = field(default_factory=lambda: {"metric": "eval_score", "unit": "decisions"})
     state: str = "waiting"  # waiting, running, done, failed, unfinished
     error: str = ""
     killed: int = 0
@@ -87,7 +88,7 @@ class Watcher(Protocol):
 class Worker:
     """The worker process and the lines exchanged with it."""
 
-    def __init__(self, log: Path, preload: Sequence[str]) -> None:
+    def __init__(self, log: Path, preload: Sequence[str], lock: int | None = None) -> None:
         self._log = log.open("ab")
         environment = {
             **os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
@@ -96,12 +97,13 @@ class Worker:
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-c", START, json.dumps([p or os.getcwd() for p in sys.path])],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, start_new_session=True, env=environment, bufsize=0,
+            pass_fds=() if lock is None else (lock,),
         )  # fmt: skip
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self._in, self._out = self.process.stdin, self.process.stdout
         self._buffer = b""
-        self.send({"preload": list(preload)})
+        self.send({"preload": list(preload), "lock": lock})
 
     def send(self, message: Mapping[str, Any]) -> None:
         """Send a line; a worker that is gone is noticed when its answers end."""
@@ -142,12 +144,21 @@ class Scheduler:
     """
 
     def __init__(
-        self, out: Path, jobs: int, preload: Sequence[str], watcher: Watcher, *, timeout: float | None = None, wait: float = 0.5
+        self,
+        out: Path,
+        jobs: int,
+        preload: Sequence[str],
+        watcher: Watcher,
+        *,
+        timeout: float | None = None,
+        wait: float = 0.5,
+        lock: int | None = None,
     ) -> None:
         self.out, self.slots, self.preload, self.watcher, self.timeout, self.wait = out, jobs, preload, watcher, timeout, wait
+        self.lock = lock  # an open file that the worker keeps open as long as a child lives
         self.signal: int | None = None
         self.idle: Callable[[], object] | None = None  # called once, when a core has nothing left to do
-        self._again = False
+        self._signals_seen = self._signals_told = 0
         self._worker: Worker | None = None
         self._restarts = 0
         self._number = 0
@@ -156,7 +167,7 @@ class Scheduler:
     def warm(self) -> None:
         """Start the worker, which imports while the caller does other things."""
         if self._worker is None:
-            self._worker = Worker(self.out / "worker.log", self.preload)
+            self._worker = Worker(self.out / "worker.log", self.preload, self.lock)
 
     def close(self) -> None:
         """End the worker."""
@@ -171,6 +182,7 @@ class Scheduler:
             while waiting or self._active:
                 if self.signal is not None:
                     waiting = self._drop(waiting)
+                    self._tell_signals()
                 while waiting and len(self._active) < self.slots:
                     self._start(waiting.pop(0))
                 self.warm()
@@ -191,6 +203,12 @@ class Scheduler:
                     self.idle()
                     self.idle = None
 
+    def _tell_signals(self) -> None:
+        """Pass signals on: after the jobs that were sent before, of which none may miss it."""
+        if self._signals_seen > self._signals_told and self._worker is not None:
+            self._signals_told = self._signals_seen
+            self._worker.send({"signal": int(signal.SIGKILL if self._signals_seen > 1 else signal.SIGTERM)})
+
     def _drop(self, waiting: list[Job]) -> list[Job]:
         for job in waiting:
             job.state = "unfinished"
@@ -201,6 +219,7 @@ class Scheduler:
         assert self._worker is not None
         self._number += 1
         job.state, job.began, job.moved, job.size = "running", time.monotonic(), time.monotonic(), 0
+        job.pid = 0
         if job.words and read_record(job.folder):
             set_aside(job.folder, "not finished", "partial")  # a program begins anew
         if job.words:
@@ -274,10 +293,8 @@ class Scheduler:
         except PoloptError as error:
             job.error = str(error)
             return "failed"
-        if not any(job.metric in line for line in lines):
-            job.error = f"wrote no '{job.metric}' to metrics.jsonl"
-            return "failed"
-        return "done"
+        job.error = missing(lines, job.plan)
+        return "failed" if job.error else "done"
 
     def _watch_time(self) -> None:
         """End children whose metrics have not grown for too long."""
@@ -289,7 +306,8 @@ class Scheduler:
                 size = (job.folder / "metrics.jsonl").stat().st_size
                 if size != job.size:
                     job.size, job.moved = size, now
-            if now - job.moved > self.timeout and not job.error:
+            # without a process it has not begun: the worker still imports
+            if job.pid and now - job.moved > self.timeout and not job.error:
                 job.error = f"no new metrics for {self.timeout:g} seconds"
                 self._worker.send({"signal": int(signal.SIGKILL), "id": number})
 
@@ -298,9 +316,8 @@ class Scheduler:
         """While inside, the first SIGINT or SIGTERM lets children save and end; the second one ends them at once."""
 
         def handle(number: int, frame: object) -> None:
-            again, self.signal = self.signal is not None, number
-            if self._worker is not None:
-                self._worker.send({"signal": int(signal.SIGKILL if again else signal.SIGTERM)})
+            self.signal = number
+            self._signals_seen += 1  # told by the loop: a line sent from here could end up inside another one
 
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -336,7 +353,9 @@ def _signal_name(number: int) -> str:
 
 def _last_line(path: Path) -> str:
     try:
-        lines = [x for x in path.read_text(encoding="utf-8", errors="replace").splitlines() if x.strip()]
+        with path.open("rb") as f:
+            f.seek(max(path.stat().st_size - 4096, 0))
+            lines = [x for x in f.read().decode("utf-8", errors="replace").splitlines() if x.strip()]
     except OSError:
         return ""
     return f": {lines[-1].strip()}" if lines else ""

@@ -99,7 +99,7 @@ def _judge(asked: Asked, s: _Search) -> None:
         scores = {str(seed): final_score(asked, arm, path / f"s{seed}", seed) for seed in tuning_seeds(asked)}
         counted = [x for x in scores.values() if x is not None]
         mean = sum(counted) / len(counted) if len(counted) == len(scores) else None
-        if mean is None:
+        if mean is None or (not arm.tuned and not s.first):  # the preset, outside of the range: no point of the space
             s.study.tell(trial, state=TrialState.FAIL)
         else:
             s.study.tell(trial, mean)

@@ -1,6 +1,6 @@
 """The process that runs jobs: it imports the library once, and forks a child for each run.
 
-It speaks lines of JSON. In: {"preload": [modules]}; a job {"id", "folder", "record", "notes", "spec" or "words"};
+It speaks lines of JSON. In: {"preload": [modules], "lock": handle}; a job {"id", "folder", "record", "notes", "spec" or "words"};
 {"signal": n, "id": job, or none for all}. Out: {"ready": seconds}; {"id", "pid"} when a child was started; {"id", "status",
 "rss", "cpu"} when it ended (exit status or minus the signal, bytes, seconds). Nothing is computed before a fork, so that
 children start from a process with one thread. When its input ends (the comparison's process is gone) it asks its children to
@@ -97,6 +97,8 @@ class Server:
         """Carry out one command."""
         if "preload" in command:
             start = time.monotonic()
+            if command.get("lock") is not None:
+                os.set_inheritable(command["lock"], False)  # held by this process and the library's runs, not by programs
             preload(command["preload"])
             self.tell({"ready": time.monotonic() - start})
         elif "signal" in command:
