@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from polopt.batch import Batch
 from polopt.method import Method
 from polopt.part import Part
-from polopt.parts.advantage.gae import GAE
+from polopt.parts.advantage.gae import GAE, NStep
 from polopt.parts.advantage.monte_carlo import MonteCarlo
 from polopt.parts.critic import ValueLoss
 from polopt.parts.penalty.entropy import EntropyBonus
@@ -194,10 +194,10 @@ def test_a3c_on_whole_episodes_is_reinforce_with_baseline() -> None:
 def test_nothing_flows_through_advantage_or_return() -> None:
     value = torch.zeros(1, 3, requires_grad=True)
     batch = Batch.of(logp=torch.zeros(1, 3), value=value, reward=torch.ones(1, 3), entropy=torch.zeros(1, 3))
+    attached = batch.adding({"logp@old": torch.zeros(1, 3), "value@old": value, "value_next@old": value})
     for name in ("a3c", "a2c", "ppo", "reinforce-baseline"):
-        assert not get_method(name).advantages(batch.adding({"logp@old": torch.zeros(1, 3)})).requires_grad
-    for part in (GAE(), MonteCarlo(baseline="value")):
-        attached = batch.adding({"value@old": value, "value_next@old": value})
+        assert not get_method(name).advantages(attached).requires_grad
+    for part in (GAE(), NStep(), MonteCarlo(baseline="value")):
         assert not part.returns(attached).requires_grad
 
 

@@ -23,6 +23,8 @@ from polopt.evidence.proof import certify as certificates
 from polopt.evidence.proof import checks, stored
 from polopt.evidence.proof.certify import certify
 from polopt.evidence.proof.checks import Check
+from polopt.loops.drive import drive
+from polopt.overrides import resolve
 from polopt.part import Can
 from polopt.parts.aggregate import TokenMean
 from polopt.parts.surrogate.clip import Clip
@@ -122,7 +124,26 @@ def test_a_method_of_ones_own_gets_what_is_possible(tmp_path: Path) -> None:
     assert not other.certified
 
 
+def test_a_method_that_a_file_of_ones_own_registers_is_ones_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As in the documentation: it can have no identities among the library's tests."""
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    mine = registry.register(get_method("grpo").but("mine", epochs=2))
+    assert "mine" in all_methods()
+    assert not certificates.registered(mine)
+    assert certificates.registered(get_method("grpo"))
+    assert certify(mine, golden=tmp_path, only=("identities", "golden", "invariance", "floor")).certified
+
+
 # -------------------------------------------------------------------- single checks
+def test_the_score_before_training_is_not_what_reaches_the_floor() -> None:
+    """A policy that begins above the floor and only unlearns."""
+    method = get_method("grpo").but("mine", surrogate=Flipped())
+    start = drive(resolve(method, "table:arms", {"budget": "1-updates"}, sources="test"), None).summary["eval_score_initial"]
+    found = checks.floor(method.but("mine", floor=Floor("table:arms", "20-updates", start, seeds=1)))
+    assert found.result == "failed"
+    assert found.details["scores"]["0"] < start
+
+
 def test_outcomes_of_identities() -> None:
     method = get_method("grpo")
     assert checks.identities(method, None).result == "unknown"

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 import polopt
-from polopt import CallError
+from polopt import CallError, registry
 from polopt.claim import Miniature
 from polopt.cli import main
+from polopt.evidence.compare.folders import code_of
 from polopt.evidence.compare.results import RunResult
 from polopt.evidence.compare.statistics import Estimate
 from polopt.evidence.proof import gather, miniature, stored
@@ -63,8 +64,10 @@ def test_drops_are_of_more_than_a_fifth_of_the_range() -> None:
     assert miniature.number(run([3, 3, 3]), m) == 0
 
 
-def test_scores_that_are_no_numbers_are_left_out() -> None:
-    assert miniature.number(run([1, 2, math.nan]), SMALL) == 2
+def test_scores_that_are_no_numbers_are_left_out_and_a_run_that_ends_with_one_has_none() -> None:
+    assert miniature.number(run([1, math.nan, 2]), SMALL) == 2
+    for reduce in ("final", "auc", "best", "lowest", "drops"):
+        assert math.isnan(miniature.number(run([1, 2, math.nan]), replace(SMALL, reduce=reduce)))
     assert math.isnan(miniature.number(run([math.nan]), SMALL))
     assert math.isnan(miniature.number(run([]), SMALL))
     assert miniature.number(run([1.0]), replace(SMALL, metric="peak_rss")) == 7
@@ -194,6 +197,32 @@ def test_stale_results_say_what_has_changed() -> None:
     assert miniature.stale(child(), {"result": "shown"})
 
 
+OWN = """
+from dataclasses import dataclass
+from polopt.claim import Miniature
+from polopt.methods.onpolicy.reinforce import REINFORCE
+from polopt.parts.surrogate.score import ScoreFunction
+
+@dataclass(frozen=True)
+class Own(ScoreFunction):
+    def __call__(self, now, advantage):
+        return -1.0 * advantage * now["logp"]
+
+MINE = REINFORCE.but("mine", surrogate=Own(), miniature=Miniature("table:arms", "300-decisions", "It learns."))
+"""
+
+
+def test_a_part_of_ones_own_that_was_rewritten_makes_the_result_stale(tmp_path: Path) -> None:
+    for name, text in (("old.py", OWN), ("same.py", OWN), ("new.py", OWN.replace("-1.0", "-2.0"))):
+        (tmp_path / name).write_text(text)
+    old = polopt.method(f"{tmp_path}/old.py:MINE")
+    known = as_stored(old)
+    arm = next(a for a in miniature.arms(old) if a.name == "mine")
+    known["arms"]["mine"]["code"] = code_of(miniature.resolved(arm, miniature.miniature_of(old)))
+    assert miniature.stale(polopt.method(f"{tmp_path}/same.py:MINE"), known) == []
+    assert miniature.stale(polopt.method(f"{tmp_path}/new.py:MINE"), known) == ["the code of mine's own parts has changed"]
+
+
 def test_the_hash_of_code_is_blind_to_comments_and_docstrings(tmp_path: Path) -> None:
     def skeleton(text: str) -> str:
         path = tmp_path / "x.py"
@@ -293,6 +322,15 @@ def test_a_check_says_whether_the_word_is_the_same_and_by_how_much_numbers_moved
         path.write_text(whole)
 
 
+def test_the_code_of_ones_own_parts_is_stored(place: Path) -> None:
+    (place / "own.py").write_text(OWN.replace('"It learns."', '"It learns.", seeds=2, points=2').replace('"mine"', '"own"'))
+    name = f"{place}/own.py:MINE"
+    arms = work(place).gather(name).result["arms"]
+    assert arms["own"]["code"]
+    assert "code" not in arms["reinforce"]
+    assert work(place).due(polopt.method(name)) == ""
+
+
 def test_a_method_made_in_python_with_its_root_as_baseline(place: Path) -> None:
     """The baseline is the method before training: the exact score of the untrained policy, equal on all seeds."""
     root = replace(REINFORCE, name="root", miniature=replace(SMALL, seeds=2))
@@ -316,6 +354,9 @@ def test_results_of_methods_of_ones_own_stay_here(tmp_path: Path, monkeypatch: p
     assert Evidence().path(replace(REINFORCE, miniature=None)) == tmp_path / "evidence/reinforce.json"
     assert Evidence().path(REINFORCE) == stored.home() / "reinforce.json"
     assert Evidence("x").path(REINFORCE) == Path("x/reinforce.json")
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    monkeypatch.setattr(stored, "home", lambda: tmp_path / "elsewhere")
+    assert Evidence().path(registry.register(REINFORCE.but("mine"))) == tmp_path / "evidence/mine.json"
 
 
 def test_the_command_line(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

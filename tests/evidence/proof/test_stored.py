@@ -43,6 +43,13 @@ def certificate(name: str, **changes: Any) -> dict[str, Any]:
     return {**found, **changes}
 
 
+def test_a_test_that_did_not_pass_shows_no_identity(here: Path) -> None:
+    good = {"test": "tests/a.py::test_x", "text": "x holds", "cases": 1, "outcome": "passed"}
+    tests = [{**good, "test": "b", "outcome": "failed"}, good, {**good, "test": "c", "outcome": "skipped"}]
+    put(here / "evidence" / "certificates" / "ppo.json", certificate("ppo", certified=False, identities={"tests": tests}))
+    assert stored.summary(get_method("ppo"))["identities"] == [{"test": "tests/a.py::test_x", "text": "x holds"}]
+
+
 def test_nothing_stored(here: Path) -> None:
     assert stored.summary(get_method("ppo")) == {"identities": [], "evidence": None, "certificate": None}
     assert stored.words(get_method("ppo")) == ("-", "-")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from polopt.batch import Batch, Totals
+from polopt.collect.table import TableCollector
 from polopt.evidence.proof import invariance, small, survival
 from polopt.parts.aggregate import SeqMeanTokenSumNorm, TokenMean
 from polopt.parts.sampler.fresh import Fresh
@@ -24,6 +25,19 @@ torch.set_num_threads(1)
 @pytest.mark.parametrize("name", ["ppo", "trpo", "dapo", "rloo"])
 def test_a_killed_run_ends_as_the_undisturbed_one(name: str) -> None:
     method = get_method(name)
+    assert survival.check(method, *small.world(method)) == survival.Survival(True)
+
+
+def test_a_best_score_before_the_first_regular_checkpoint_puts_it_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The best policy of update 3 is saved and the next checkpoint is due at 7, where the run is killed: it goes on from 3."""
+    known = TableCollector.evaluate
+
+    def evaluate(self: TableCollector, episodes: int) -> dict[str, float]:
+        seen = self.items.epoch * self.items.size + self.items.place
+        return {**known(self, episodes), "score": 0.5 if seen == 3 * small.ANSWERS else 1 / (10 + seen)}
+
+    monkeypatch.setattr(TableCollector, "evaluate", evaluate)
+    method = get_method("reinforce")
     assert survival.check(method, *small.world(method)) == survival.Survival(True)
 
 

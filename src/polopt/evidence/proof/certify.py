@@ -17,13 +17,14 @@ from polopt import registry
 from polopt.errors import unknown
 from polopt.evidence.proof import checks, stored
 from polopt.evidence.proof.checks import Check
+from polopt.evidence.proof.stored import registered
 from polopt.method import Method
 from polopt.run import environment, finite
 
 #: In the order in which they stand in the line. Everything but the identities needs no tests and can run in any process.
 OTHERS = ("oracle", "golden", "resume", "invariance", "floor")
 CHECKS = ("identities", *OTHERS)
-#: What a registered method must have, not only pass.
+#: What a method of the library must have, not only pass.
 REQUIRED = ("identities", "golden", "resume", "invariance", "floor")
 FORMAT = 1
 
@@ -43,7 +44,7 @@ class Certificate:
 
     @property
     def reasons(self) -> list[str]:
-        """Why it is not certified: failed checks, and those that a registered method must have and lacks."""
+        """Why it is not certified: failed checks, and those that a method of the library must have and lacks."""
         lacking = [c.reason for k, c in self.found.items() if c.result == "none" and self.registered and k in REQUIRED]
         return [*(c.reason for c in self.found.values() if c.result == "failed"), *lacking]
 
@@ -123,11 +124,6 @@ def _golden_path(method: Method, folder: Path | None) -> Path:
     if folder is not None:
         return folder / name
     return stored.find(stored.GOLDEN, name) or stored.home() / stored.GOLDEN / name
-
-
-def registered(method: Method) -> bool:
-    """Whether a method is one of the registry's, unchanged."""
-    return registry.all_methods().get(method.name) == method
 
 
 def _made(method: Method, found: Mapping[str, Check], seconds: float, command: str) -> Certificate:

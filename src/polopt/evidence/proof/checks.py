@@ -168,9 +168,9 @@ def floor(method: Method) -> Check:
     scores = {}
     for seed in range(f.seeds):
         given = {"evaluate.points": 5, "evaluate.every": 0, "threads": 1, **f.settings, "budget": f.budget, "seed": seed}
-        scores[seed] = float(
-            drive(resolve(method, f.task, given, sources=f"floor of {method.name}"), None).summary["eval_score_best"]
-        )
+        best = Best()
+        drive(resolve(method, f.task, given, sources=f"floor of {method.name}"), None, [best])
+        scores[seed] = best.score
     lowest = min(scores, key=lambda s: scores[s])
     details = {"task": f.task, "budget": f.budget, "floor": f.score, "scores": {str(k): v for k, v in scores.items()}}
     text = f"floor {scores[lowest]:.3g} {'>=' if scores[lowest] >= f.score else '<'} {f.score:g}"

@@ -21,7 +21,7 @@ from polopt.evidence.markup import strict, write
 from polopt.evidence.proof import miniature, stored
 from polopt.evidence.proof.miniature import Arm, arms, baseline_name, declared, digest, miniature_of, resolved, values
 from polopt.method import Method
-from polopt.registry import all_methods, get_method
+from polopt.registry import get_method
 
 #: Folders and modules of the library that no number of a run depends on.
 APART = ("evidence", "cli", "integrations", "assets", "methods", "api.py", "catalogue.py", "claim.py", "__init__.py", "__main__.py")
@@ -98,8 +98,8 @@ class Evidence:
     # ---------------------------------------------------------------- results
     def path(self, method: Method) -> Path:
         """Where a method's result is stored."""
-        own = all_methods().get(method.name) != method
-        return (self.out or (Path.cwd() / stored.FOLDER if own else stored.home())) / f"{method.name}.json"
+        usual = stored.home() if stored.registered(method) else Path.cwd() / stored.FOLDER
+        return (self.out or usual) / f"{method.name}.json"
 
     def stored(self, method: Method) -> dict[str, Any] | None:
         """A method's stored result. Raises `CallError` if it is damaged."""
@@ -146,6 +146,7 @@ class Evidence:
         """The experiment's result, from runs that are done or done now."""
         m, sides = miniature_of(method), arms(method, given)
         found = {arm.name: values(resolved(arm, m)) for arm in sides}
+        code = {arm.name: code_of(resolved(arm, m)) for arm in sides}  # of parts that are not the library's
         labels = {arm.name: _label(arm, m) for arm in sides}
         folder = self.folder(m)
         if self.again:
@@ -160,7 +161,7 @@ class Evidence:
             raise Unfinished(method.name, folder, compared.signal)
         weighed = miniature.weigh(method, runs[method.name], runs[sides[-1].name])
         for name, entry in weighed["arms"].items():
-            entry["settings"] = found.get(name, {})
+            entry |= {"settings": found.get(name, {}), **({"code": code[name]} if code.get(name) else {})}
         return self.whole(method, given, weighed, both)
 
     def folder(self, m: Miniature) -> Path:

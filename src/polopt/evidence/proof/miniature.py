@@ -13,6 +13,7 @@ import numpy as np
 from polopt.claim import Miniature
 from polopt.errors import CallError
 from polopt.evidence.compare.entries import Entry, plain
+from polopt.evidence.compare.folders import code_of
 from polopt.evidence.compare.plan import Asked, arm_of
 from polopt.evidence.compare.results import RunResult
 from polopt.evidence.compare.statistics import Estimate, area, difference, estimate
@@ -116,14 +117,19 @@ def digest(tree: Any) -> str:
 def stale(method: Method, stored: Mapping[str, Any]) -> list[str]:
     """In what the method's present experiment differs from the one that a stored result came from; empty if in nothing.
 
-    Settings that did not exist then are not looked at: what is new in the library leaves old runs what they were.
+    Settings that did not exist then are not looked at: what is new in the library leaves old runs what they were. So does its
+    code, which `--check` is for; the code of somebody's own parts counts.
     """
     m = miniature_of(method)
     found = _changes("the miniature's ", stored.get("miniature"), declared(m))
     known = stored.get("arms")
     for arm in arms(method):
-        was = known[arm.name].get("settings") if isinstance(known, Mapping) and isinstance(known.get(arm.name), Mapping) else None
-        found += _changes(f"{arm.name}'s ", was, values(resolved(arm, m)))
+        entry = known.get(arm.name) if isinstance(known, Mapping) else None
+        side = entry if isinstance(entry, Mapping) else {}
+        now = resolved(arm, m)
+        found += _changes(f"{arm.name}'s ", side.get("settings"), values(now))
+        if side.get("code", "") != code_of(now):
+            found.append(f"the code of {arm.name}'s own parts has changed")
     return found
 
 
@@ -135,12 +141,12 @@ def _changes(whose: str, was: Any, now: Mapping[str, Any]) -> list[str]:
 
 # -------------------------------------------------------------------- numbers
 def number(run: RunResult, m: Miniature) -> float:
-    """A run as one number. NaN where it has none."""
+    """A run as one number. NaN where it has none, as where it ended without one: what it had before does not stand for it."""
     if m.metric == "peak_rss":
         return float(run.peak_rss) if run.peak_rss else np.nan
     keep = np.isfinite(run.score)
     spent, score = run.spent[keep], run.score[keep]
-    if not score.size:
+    if not (score.size and keep[-1]):
         return np.nan
     if m.reduce == "auc":
         return area(spent, score, float(spent[0]), float(spent[-1]))

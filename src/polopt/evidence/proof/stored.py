@@ -15,6 +15,7 @@ from polopt.errors import CallError
 from polopt.method import Method
 from polopt.part import Part
 from polopt.paths import Slot, method_leaves
+from polopt.registry import all_methods, load_everything
 
 FOLDER = "evidence"
 CERTIFICATES, GOLDEN = "certificates", "golden"
@@ -52,6 +53,19 @@ def find(*parts: str) -> Path | None:
     return next((p for f in folders() if (p := f.joinpath(*parts)).is_file()), None)
 
 
+@functools.cache
+def _library() -> frozenset[str]:
+    """Names of the methods that are made in this package."""
+    load_everything()
+    modules = [m for name, m in list(sys.modules.items()) if name.startswith("polopt.methods.")]
+    return frozenset(value.name for m in modules for value in vars(m).values() if isinstance(value, Method))
+
+
+def registered(method: Method) -> bool:
+    """Whether a method is one of the library's, unchanged; not one that a file of somebody's own has registered."""
+    return method.name in _library() and all_methods().get(method.name) == method
+
+
 # -------------------------------------------------------------------- what
 def read(path: Path) -> dict[str, Any]:
     """A stored JSON file. Raises `CallError` naming one that is damaged."""
@@ -83,11 +97,13 @@ def certificate(name: str) -> dict[str, Any] | None:
 
 
 def summary(method: Method) -> dict[str, Any]:
-    """What the catalogue shows of a method: its identities, evidence and certificate, each None where nothing is stored."""
+    """What the catalogue shows of a method: identities that tests showed to hold, evidence and certificate (None if not stored)."""
     found, proof = evidence(method.name), certificate(method.name)
     identities = (proof or {}).get("identities") or {}
     return {
-        "identities": [{"test": t["test"], "text": t["text"]} for t in identities.get("tests", [])],
+        "identities": [
+            {"test": t["test"], "text": t["text"]} for t in identities.get("tests", []) if t.get("outcome") == "passed"
+        ],
         "evidence": None if found is None else {k: found.get(k) for k in EVIDENCE_SHOWN},
         "certificate": None if proof is None else {
             **{k: proof.get(k) for k in CERTIFICATE_SHOWN}, "stale": proof.get("fingerprint") != fingerprint(method),
@@ -139,4 +155,4 @@ def sources(cls: Hashable) -> frozenset[Path]:
     return frozenset(found.values())
 
 
-__all__ = ["certificate", "evidence", "find", "fingerprint", "folders", "home", "read", "summary", "words"]
+__all__ = ["certificate", "evidence", "find", "fingerprint", "folders", "home", "read", "registered", "summary", "words"]
