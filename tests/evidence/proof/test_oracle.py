@@ -20,6 +20,7 @@ from polopt.parts.advantage.group import GroupBaseline
 from polopt.parts.advantage.monte_carlo import MonteCarlo
 from polopt.parts.aggregate import SeqMeanTokenMean, SeqMeanTokenSum
 from polopt.parts.penalty.kl import KLToReference
+from polopt.parts.reward.kl import KLInReward
 from polopt.parts.shapes import keep
 from polopt.parts.surrogate.clip import Clip
 from polopt.policies import exact
@@ -176,7 +177,19 @@ class ByMaskedLength(SeqMeanTokenMean):
         return super().__call__(loss, batch, valid, totals) / batch.shape[1]
 
 
+@dataclass(frozen=True)
+class Bonus(KLInReward):
+    """Pays for leaving the reference."""
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """Wrong."""
+        assert batch.reward is not None
+        return 2 * batch.reward - super().__call__(batch)
+
+
 @pytest.mark.parametrize(("name", "change"), [
+    ("rloo", {"reward": Bonus(form="sequence")}),
+    ("ppo-lm", {"reward": Bonus()}),
     ("ppo", {"surrogate": Twice()}),
     ("reinforce", {"advantage": PastRewards()}),
     ("grpo", {"advantage": PopulationDeviation()}),

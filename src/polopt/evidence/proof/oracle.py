@@ -25,6 +25,7 @@ from polopt.parts.advantage.monte_carlo import MonteCarlo
 from polopt.parts.aggregate import SeqMeanTokenMean, SeqMeanTokenSum, SeqMeanTokenSumNorm, TokenMean
 from polopt.parts.penalty.entropy import EntropyBonus
 from polopt.parts.penalty.kl import KLToReference
+from polopt.parts.reward.kl import KLInReward
 from polopt.parts.source import Fresh
 from polopt.parts.surrogate.capped_weight import CappedWeight
 from polopt.parts.surrogate.clip import Clip, SequenceClip
@@ -140,6 +141,17 @@ def reward_table(method: Method, policy: TablePolicy) -> Float[Tensor, "P N V"] 
     return table if bool(same) else None
 
 
+def true_reward(method: Method, policy: TablePolicy, shaped: Float[Tensor, "P N V"]) -> Float[Tensor, "P N V"]:
+    """Rewards with the same returns as the method's should have: written out for the divergence, else what its parts made."""
+    if not all(isinstance(part, KLInReward) for part in method.reward):
+        return shaped
+    with torch.no_grad():
+        gap = policy.table().log_softmax(-1) - policy.reference.log_softmax(-1)
+        beta = sum(part.beta for part in method.reward if isinstance(part, KLInReward))
+        found: Tensor = policy.world.total_reward() - beta * gap
+    return found
+
+
 # -------------------------------------------------------------------- the surrogate
 def surrogate_check(method: Method, update: Update) -> tuple[str, float] | None:
     """The surrogate term's expected first gradient: what was compared, and the deviation."""
@@ -193,7 +205,7 @@ def _row_check(method: Method) -> tuple[str, float] | None:
         what += " (exact values)" if bootstraps else " (random baseline)"
     scale = scale_of(slots.aggregate, world.tree.horizon)
     assert scale is not None  # surrogate_check
-    truth = {k: -scale * g for k, g in exact.gradient(policy, reward).items()}
+    truth = {k: -scale * g for k, g in exact.gradient(policy, true_reward(method, policy, reward)).items()}
     return what, deviation(expected_gradient(method, policy, batch, 1), truth)
 
 
@@ -226,7 +238,8 @@ def _group_check(method: Method, advantage: GroupBaseline) -> tuple[str, float] 
     assert scale is not None  # surrogate_check
     worst = 0.0
     for size in SIZES:
-        truth = two_outcomes(policy, reward, advantage, size) if scaled else _by_share(policy, reward, advantage, size)
+        meant = reward if scaled else true_reward(method, policy, reward)
+        truth = two_outcomes(policy, meant, advantage, size) if scaled else _by_share(policy, meant, advantage, size)
         if truth is None:
             return None
         truth = {k: -scale * g for k, g in truth.items()}
