@@ -16,7 +16,7 @@ from torch import Tensor
 
 from polopt import registry
 from polopt.batch import Batch
-from polopt.claim import Floor
+from polopt.claim import Floor, Neutral
 from polopt.cli import main
 from polopt.errors import CallError, PoloptError
 from polopt.evidence.proof import certify as certificates
@@ -26,6 +26,7 @@ from polopt.evidence.proof.checks import Check
 from polopt.loops.drive import drive
 from polopt.overrides import resolve
 from polopt.part import Can
+from polopt.parts.advantage.group import GroupBaseline
 from polopt.parts.aggregate import TokenMean
 from polopt.parts.surrogate.clip import Clip
 from polopt.registry import all_methods, get_method
@@ -132,6 +133,31 @@ def test_a_method_that_a_file_of_ones_own_registers_is_ones_own(monkeypatch: pyt
     assert not certificates.registered(mine)
     assert certificates.registered(get_method("grpo"))
     assert certify(mine, golden=tmp_path, only=("identities", "golden", "invariance", "floor")).certified
+
+
+@dataclass(frozen=True)
+class OwnBaseline(GroupBaseline):
+    """A baseline of somebody's own, right or with the wrong sign."""
+
+    sign: float = 1.0
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """As its parent, times the sign."""
+        return self.sign * super().__call__(batch)
+
+
+def test_neutral_values_of_a_method_of_ones_own_are_its_identity() -> None:
+    def certified(sign: float) -> Any:
+        neutral = {"advantage": Neutral()}
+        return certify(get_method("grpo").but("mine", advantage=OwnBaseline(sign=sign), neutral=neutral), only=("identities",))
+
+    good, bad = certified(1.0), certified(-1.0)
+    assert good.certified
+    assert "1 identity" in good.line
+    assert good.json()["identities"]["tests"][0]["text"] == "with neutral values put in (advantage) it computes what grpo does"
+    assert bad.reasons == ["difference from grpo: its neutral value of advantage does not hold"]
+    none = certify(get_method("grpo").but("mine", advantage=OwnBaseline(sign=-1.0)), only=("identities",))
+    assert none.found["identities"].text == "no identities"
 
 
 # -------------------------------------------------------------------- single checks

@@ -111,8 +111,9 @@ def timed(name: str, check: Callable[[], Check]) -> Check:
 
 def _check(name: str, method: Method, record: bool, golden: Path | None, report: Sequence[Mapping[str, Any]] | None) -> Check:
     if name == "identities":
-        own = registered(method)
-        return checks.identities(method, checks.run_identities(method.name) if report is None and own else report or [])
+        if not registered(method):
+            return checks.own_identity(method)
+        return checks.identities(method, checks.run_identities(method.name) if report is None else report)
     if name == "golden":
         return checks.golden_trajectory(method, _golden_path(method, golden), record=record)
     simple = {"oracle": checks.oracle, "resume": checks.kill_and_resume, "invariance": checks.invariant, "floor": checks.floor}

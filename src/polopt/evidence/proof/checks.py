@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from polopt.errors import Misfit, PoloptError
 from polopt.evidence.proof import golden, invariance, small, stored, survival
+from polopt.evidence.proof.verified import verify
 from polopt.interfaces import Event
 from polopt.loops.drive import drive
 from polopt.method import Method
@@ -89,6 +90,24 @@ def identities(method: Method, report: Sequence[Mapping[str, Any]] | None) -> Ch
     if not good:
         return Check("none", "no identities", "no test is marked as an identity of it", details)
     return Check("ok", f"{good} identit{'y' if good == 1 else 'ies'}", "", details)
+
+
+def own_identity(method: Method) -> Check:
+    """The one identity that a method of somebody's own can bring along: the neutral values that it declares."""
+    if method.parent is None or not any(method.neutral.values()):
+        return identities(method, [])
+    proof = verify(method)
+    shown = [line.slot for line in proof.lines if line.status == "proven"]
+    text = f"with neutral values put in ({', '.join(shown)}) it computes what {proof.parent} does"
+    test = {"test": f"polopt diff {proof.parent} {method.name}", "text": text, "cases": 1, "outcome": "passed"}
+    if not proof.holds:
+        slots = [line.slot for line in proof.lines if line.status == "failed"]
+        why = proof.problem or f"its neutral value of {', '.join(slots)} does not hold"
+        test["outcome"] = "failed"
+        return Check(
+            "failed", "identities FAIL", f"difference from {proof.parent}: {why}", {"passed": 0, "failed": 1, "tests": [test]}
+        )
+    return Check("ok", "1 identity", "", {"passed": 1, "failed": 0, "tests": [test]})
 
 
 # -------------------------------------------------------------------- theory and trajectories
@@ -193,5 +212,5 @@ def guarded(name: str, check: Callable[[], Check]) -> Check:
 
 __all__ = [
     "Check", "Result", "floor", "golden_trajectory", "guarded", "identities", "invariant", "kill_and_resume", "oracle",
-    "run_identities",
+    "own_identity", "run_identities",
 ]  # fmt: skip
