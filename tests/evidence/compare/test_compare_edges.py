@@ -15,15 +15,17 @@ from typing import Any
 import numpy as np
 import pytest
 
+from polopt.config import save_config
 from polopt.errors import CallError, PoloptError
 from polopt.evidence.compare import place, schedule
 from polopt.evidence.compare.entries import Entry, external_entries, parse, slug
-from polopt.evidence.compare.folders import inspect_run, note, read_metrics
+from polopt.evidence.compare.folders import Identity, inspect_run, note, read_metrics
 from polopt.evidence.compare.plan import Asked, command_of, seeds_of
 from polopt.evidence.compare.read import missing, spent_in
 from polopt.evidence.compare.run import Compared, describe
 from polopt.evidence.compare.schedule import Job, Scheduler
-from polopt.run import Budget
+from polopt.overrides import resolve
+from polopt.run import Budget, RunFolder
 
 Go = Callable[..., Compared]
 PROGRAM = """
@@ -113,6 +115,38 @@ def test_metrics_without_their_config_are_damage(tmp_path: Path) -> None:
     (tmp_path / "s0/metrics.jsonl").write_text('{"update": 1}\n')
     with pytest.raises(PoloptError, match=r"config\.yaml is missing"):
         inspect_run(tmp_path / "s0")
+
+
+def test_other_contents_of_the_data_are_other_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = tmp_path / "q.jsonl"
+
+    def write(n: int) -> Identity:
+        data.write_text("".join(json.dumps({"prompt": f"{i}+{n}=", "answer": str(i + n)}) + "\n" for i in range(20)))
+        return Identity.of(resolve("reinforce", "data:q.jsonl", {"budget": "1-updates", "options.reward": "exact"}))
+
+    first = write(1)
+    save_config(
+        resolve("reinforce", "data:q.jsonl", {"budget": "1-updates", "options.reward": "exact"}), RunFolder(tmp_path / "s0")
+    )
+    note(tmp_path / "s0", code=first.code, data=dict(first.data))
+    assert set(first.data) == {"q.jsonl"}
+    write(1).refuse_other(tmp_path / "s0", 0)
+    other = write(2)
+    assert other.fingerprint(0) != first.fingerprint(0)
+    with pytest.raises(CallError, match=r"data q\.jsonl = other contents"):
+        other.refuse_other(tmp_path / "s0", 0)
+
+
+def test_a_folder_that_cannot_be_written_is_told(go: Go, monkeypatch: pytest.MonkeyPatch) -> None:
+    from polopt.evidence.compare import page
+
+    def full(*given: Any) -> Path:
+        raise OSError(28, "No space left on device", "out/index.html")
+
+    monkeypatch.setattr(page, "make_page", full)
+    with pytest.raises(PoloptError, match=r"out/index\.html: No space left on device; .* continue with: polopt compare reinforce"):
+        go(["reinforce"], seeds=1, page=True)
 
 
 def test_lines_end_at_newlines_alone(tmp_path: Path) -> None:
@@ -205,10 +239,19 @@ def test_no_job_misses_a_signal_that_comes_while_it_starts(tmp_path: Path, monke
     monkeypatch.setattr(schedule, "Worker", make)
     jobs = [Job("a", s, tmp_path / f"s{s}", spec={}) for s in range(3)]
     scheduler = Scheduler(tmp_path, 2, [], Quiet(), wait=0.01)
+    scheduler.idle = lambda: pytest.fail("prepared a verdict that nobody waits for")
     scheduler.run(jobs)
     assert scheduler.signal == signal.SIGINT
     assert [m.get("signal") for m in worker.sent][-1] == signal.SIGTERM  # after every job
     assert [j.state for j in jobs] == ["unfinished"] * 3
+
+
+def test_time_of_a_run_is_the_workers(tmp_path: Path) -> None:
+    scheduler = Scheduler(tmp_path, 1, [], Quiet())
+    job = Job("a", 0, tmp_path / "s0", spec={}, began=time.monotonic() - 100)
+    scheduler._active[1] = job
+    assert scheduler._ended({"id": 1, "status": 0, "rss": 1, "cpu": 0.0, "wall": 2.0}) is None
+    assert json.loads((tmp_path / "s0/run.json").read_text())["wall_seconds"] == 2.0
 
 
 def test_the_time_limit_begins_with_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,12 +22,13 @@ State = Literal["absent", "partial", "finished"]
 
 @dataclass(frozen=True)
 class Identity:
-    """What makes a run that run, besides its seed: every setting, and the text of the user's own code."""
+    """What makes a run that run, besides its seed: every setting, the text of the user's own code, and the task's data."""
 
     head: tuple[str | None, str | None, str | None]  # method, task, name
     values: Mapping[str, Any]
     files: Mapping[str, str] = field(default_factory=dict)
     code: str = ""
+    data: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, resolved: Resolved) -> Identity:
@@ -36,11 +37,11 @@ class Identity:
             folder = RunFolder(place)
             save_config(resolved, folder)
             head, values = _read(folder.path)
-            return cls(head, values, _files(folder.path), code_of(resolved))
+            return cls(head, values, _files(folder.path), code_of(resolved), data_of(resolved))
 
     def fingerprint(self, seed: int) -> str:
         """A hash of everything."""
-        whole = [self.head, {**self.values, "seed": seed}, dict(self.files), self.code]
+        whole = [self.head, {**self.values, "seed": seed}, dict(self.files), self.code, dict(self.data)]
         return hashlib.sha256(json.dumps(whole, sort_keys=True, default=repr).encode()).hexdigest()[:16]
 
     def refuse_other(self, folder: Path, seed: int) -> None:
@@ -54,9 +55,14 @@ class Identity:
         for name in sorted({*self.files, *_files(folder)}):
             if self.files.get(name) != _files(folder).get(name):
                 raise _other(folder, f"files/{name}", "another version of the file", "the present one")
-        code = read_record(folder).get("code", self.code)
+        record = read_record(folder)
+        code = record.get("code", self.code)
         if code != self.code:
             raise _other(folder, "code of your own parts", code, self.code)
+        data = record.get("data", self.data)
+        for name in sorted({*self.data, *data}):
+            if data.get(name) != self.data.get(name):
+                raise _other(folder, f"data {name}", "other contents of the file", "the present ones")
 
 
 def _other(folder: Path, path: str, old: Any, new: Any) -> CallError:
@@ -95,6 +101,29 @@ def code_of(resolved: Resolved) -> str:
         things += [v for v in (value if isinstance(value, list | tuple) else [value]) if callable(v)]
     texts = {_source(t) for t in things if not str(getattr(t, "__module__", "")).startswith("polopt.")}
     return hashlib.sha256("\n".join(sorted(texts)).encode()).hexdigest()[:16] if texts else ""
+
+
+def data_of(resolved: Resolved) -> dict[str, str]:
+    """A hash for each data file that the task or its options name, and of names and sizes where the data is a folder."""
+    domain, _, source = resolved.task.name.partition(":")
+    named = [source] if domain == "data" else []
+    named += [v for v in resolved.settings.options.values() if isinstance(v, str) and v]
+    found: dict[str, str] = {}
+    for text in named:
+        path = Path(text).expanduser()
+        try:
+            if path.is_file():
+                with path.open("rb") as f:
+                    digest = hashlib.file_digest(f, "sha256").hexdigest()[:16]
+            elif path.is_dir() and text == source:
+                inside = sorted((str(p.relative_to(path)), p.stat().st_size) for p in path.rglob("*") if p.is_file())
+                digest = hashlib.sha256(json.dumps(inside).encode()).hexdigest()[:16]
+            else:
+                continue
+        except (OSError, ValueError):  # no path after all, or one that cannot be read: the run will say so
+            continue
+        found[path.name] = found.get(path.name, "") + digest
+    return found
 
 
 def _source(thing: Any) -> str:
@@ -213,6 +242,6 @@ def set_aside(folder: Path, reason: str, word: str = "damaged") -> str:
 
 
 __all__ = [
-    "RECORD", "Damaged", "Identity", "State", "code_of", "inspect_external", "inspect_run", "note", "read_metrics", "read_record",
-    "set_aside",
+    "RECORD", "Damaged", "Identity", "State", "code_of", "data_of", "inspect_external", "inspect_run", "note", "read_metrics",
+    "read_record", "set_aside",
 ]  # fmt: skip

@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from polopt.errors import CallError
+from polopt.errors import CallError, PoloptError
 from polopt.evidence.compare.entries import entries_of, external_entries, plain
 from polopt.evidence.compare.folders import Damaged, Identity, inspect_external, inspect_run, read_record, set_aside
 from polopt.evidence.compare.live import Table
@@ -109,7 +109,11 @@ def compare(
     """Run what was asked for (see `polopt.compare` and `ask`): every contestant on every seed, side by side."""
     comparing = _begin(contestants, task, out, jobs, timeout, quiet, asking)
     with alone(comparing.folder) as lock:
-        return comparing.carry_out(page=page, lock=lock)
+        try:
+            return comparing.carry_out(page=page, lock=lock)
+        except OSError as error:
+            where = f"{error.filename or comparing.folder}: {error.strerror or error}"
+            raise PoloptError(f"{where}; what was saved is kept, continue with: {comparing.command}") from error
 
 
 def describe(
@@ -299,7 +303,8 @@ class _Comparing:
             first, *rest = arm.layers
             layers = [first._replace(values={**first.values, "seed": seed}), *rest]
             job.spec = {"method": arm.entry.method, "task": self.asked.task, "layers": [tuple(layer) for layer in layers]}
-            record |= {"identity": self.identity(arm).fingerprint(seed), "code": self.identity(arm).code}
+            identity = self.identity(arm)
+            record |= {"identity": identity.fingerprint(seed), "code": identity.code, "data": dict(identity.data)}
         job.record = record
         try:
             state = inspect_external(path) if arm.resolved is None else inspect_run(path)

@@ -199,7 +199,7 @@ class Scheduler:
                         waiting = [*([job] if job is not None else []), *waiting]
                 self._watch_time()
                 self.watcher.tick()
-                if self.idle is not None and not waiting and len(self._active) < self.slots:
+                if self.idle is not None and self.signal is None and not waiting and len(self._active) < self.slots:
                     self.idle()
                     self.idle = None
 
@@ -251,7 +251,8 @@ class Scheduler:
         job = self._active.pop(int(answer["id"]))
         status = int(answer["status"])
         record = read_record(job.folder)
-        wall = float(record.get("wall_seconds") or 0.0) + time.monotonic() - job.began
+        # the worker's clock: this process may have been busy (`idle`) when the child ended
+        wall = float(record.get("wall_seconds") or 0.0) + float(answer.get("wall", time.monotonic() - job.began))
         peak = max(int(record.get("peak_rss") or 0), int(answer["rss"]))
         cpu = float(record.get("cpu_seconds") or 0.0) + float(answer["cpu"])
         note(job.folder, wall_seconds=round(wall, 3), cpu_seconds=round(cpu, 3), peak_rss=peak)

@@ -2,7 +2,7 @@
 
 It speaks lines of JSON. In: {"preload": [modules], "lock": handle}; a job {"id", "folder", "record", "notes", "spec" or "words"};
 {"signal": n, "id": job, or none for all}. Out: {"ready": seconds}; {"id", "pid"} when a child was started; {"id", "status",
-"rss", "cpu"} when it ended (exit status or minus the signal, bytes, seconds). Nothing is computed before a fork, so that
+"rss", "cpu", "wall"} when it ended (exit status or minus the signal, bytes, seconds). Nothing is computed before a fork, so that
 children start from a process with one thread. When its input ends (the comparison's process is gone) it asks its children to
 save and end.
 """
@@ -62,7 +62,7 @@ class Server:
 
     def __init__(self, commands: int, answers: int) -> None:
         self.commands, self.answers = commands, answers
-        self.children: dict[int, tuple[int, bool]] = {}  # process -> (job, whether it leads a group of its own)
+        self.children: dict[int, tuple[int, bool, float]] = {}  # process -> (job, whether it leads a group of its own, start)
         self.open = True
         self.wake, self._wake = os.pipe()
         os.set_blocking(self.wake, False)
@@ -131,7 +131,7 @@ class Server:
                     sys.stdout.flush()
                     sys.stderr.flush()
                 os._exit(status)
-        self.children[pid] = (job["id"], external)
+        self.children[pid] = (job["id"], external, time.monotonic())
         self.tell({"id": job["id"], "pid": pid})
 
     def reap(self) -> None:
@@ -142,14 +142,15 @@ class Server:
                 return
             if pid not in self.children:
                 continue
-            job, _ = self.children.pop(pid)
+            job, _, began = self.children.pop(pid)
+            wall = time.monotonic() - began
             rss = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
             cpu = usage.ru_utime + usage.ru_stime
-            self.tell({"id": job, "status": os.waitstatus_to_exitcode(status), "rss": rss, "cpu": cpu})
+            self.tell({"id": job, "status": os.waitstatus_to_exitcode(status), "rss": rss, "cpu": cpu, "wall": wall})
 
     def send_signal(self, number: int, job: int | None = None) -> None:
         """To one child or to all; programs get it with everything that they started."""
-        for pid, (owner, group) in self.children.items():
+        for pid, (owner, group, _) in self.children.items():
             if job is None or job == owner:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.killpg(pid, number) if group else os.kill(pid, number)
