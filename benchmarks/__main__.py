@@ -39,6 +39,12 @@ BENCHMARKS: dict[str, dict[str, Any]] = {
     "grpo-general": {"args": ["general"], "contenders": ["grpo_polopt", "grpo_trl"], "threads": 2, "higher": False},
     "linear": {"args": [], "contenders": ["linear"], "threads": 1, "higher": False},
     "long": {"args": [], "contenders": ["long"], "threads": 1, "higher": False},
+    "compare": {
+        "args": ["ppo,a2c,trpo,reinforce-baseline", "50k-decisions", "5"],
+        "contenders": ["compare_polopt", "apart_polopt"],
+        "threads": 1,
+        "higher": False,
+    },
     "overhead": {"args": [], "contenders": ["overhead"], "threads": 1, "higher": False},
 }
 

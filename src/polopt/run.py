@@ -255,7 +255,7 @@ def environment() -> dict[str, Any]:
     names = ("polopt", "torch", "numpy", "gymnasium", "mujoco", "transformers", "peft", "reasoning-gym", "math-verify")
     return {
         "python": sys.version.split()[0],
-        "platform": platform.platform(),
+        "platform": " ".join((platform.system(), platform.release().partition("-")[0], platform.machine(), *platform.libc_ver())),
         "cpu_count": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "commit": commit(),

@@ -1,8 +1,8 @@
 """Every code block of README, CONTRIBUTING and the documentation runs, and computed tables are up to date.
 
 Blocks of a page run in order, in one namespace and one empty folder. Blocks with a title are written to that file;
-`python` blocks are executed; in `bash` blocks, lines that start with `polopt` are run: training and comparing as a dry run, and what
-needs a run that the page did not make is only parsed.
+`python` blocks are executed; in `bash` blocks, lines that start with `polopt` are run: training and comparing as a dry run, and
+what needs a run that the page did not make is only parsed.
 """
 
 import re

@@ -101,7 +101,9 @@ def describe(proof: Proof) -> list[str]:
     if proof.problem:
         outcome += f"; {proof.problem}"
     sides = f"{proof.child} against {proof.parent}"
-    lines = [f"  {sides}: {'proven' if proof.holds else 'FAILED'} ({outcome})"]
+    unproven = [line.slot for line in proof.lines if line.status in ("none", "swapped")]
+    word = f"proven but for {', '.join(unproven)}" if unproven else "proven"
+    lines = [f"  {sides}: {word if proof.holds else 'FAILED'} ({outcome})"]
     shown = [(line.slot, _line(line)) for line in proof.lines if line.status != "settings"]
     plain = [line.slot for line in proof.lines if line.status == "settings"]
     shown += [("settings set equal", ", ".join(plain))] * bool(plain)

@@ -37,8 +37,8 @@ DAPO = register(
         floor=Floor("text:spell_backward", "12-updates", 0.5, settings={"evaluate.points": 2, "evaluate.episodes": 128}),
         miniature=Miniature(
             "table:bank", "150-updates",
-            "Learns faster than GRPO per training step of as many gradient steps; the answers that a step samples are not counted.",
-            reduce="auc", seeds=10, settings={"minibatches": 4},
+            "Learns faster than GRPO without its KL per training step of as many gradient steps; answers sampled are not counted.",
+            reduce="auc", seeds=10, settings={"minibatches": 4}, other={"penalty.coef": 0.0},
         ),
         neutral={
             "reward.soft-overlong": Neutral(own={"cache": 0.0}),

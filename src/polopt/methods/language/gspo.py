@@ -27,7 +27,7 @@ GSPO = register(
         miniature=Miniature(
             "text:spell_backward", "30-updates",
             "A small language model learns faster than with GRPO's clip at four gradient steps per batch and no KL penalty.",
-            reduce="auc", seeds=5, points=6, settings={"minibatches": 4}, other={"penalty.coef": 0.0},
+            reduce="auc", seeds=10, points=6, settings={"minibatches": 4}, other={"penalty.coef": 0.0},
         ),
         floor=Floor("text:spell_backward", "12-updates", 0.5, settings={"evaluate.points": 2, "evaluate.episodes": 128}),
         neutral={

@@ -38,9 +38,8 @@ PPO_LM = register(
         builds_on=("1909.08593", "1506.02438"),
         miniature=Miniature(
             "table:style", "60k-decisions",
-            "After training on a proxy that can be gamed the true score is higher than PPO's, thanks to the KL penalty.",
-            baseline="ppo", seeds=10, settings={"options.proxy": 1.0, "epochs": 4, "minibatch": None, "advantage.gamma": 1.0},
-            own={"reward.beta": 0.5},
+            "After training on a proxy that can be gamed the true score is higher than without the KL penalty.",
+            baseline="ppo-lm", seeds=10, settings={"options.proxy": 1.0}, own={"reward.beta": 0.5}, other={"reward.beta": 0.0},
         ),
         neutral={"reward.kl-in-reward": Neutral(own={"beta": 0.0})},
     )

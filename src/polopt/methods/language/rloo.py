@@ -36,8 +36,9 @@ RLOO = register(
         floor=Floor("text:spell_backward", "12-updates", 0.5, settings={"evaluate.points": 2, "evaluate.episodes": 128}),
         miniature=Miniature(
             "table:style", "60k-decisions",
-            "On noisy graded rewards four answers per prompt with each other's mean as baseline beat REINFORCE at equal answers.",
-            seeds=10, settings={"options.noise": 1.0}, own={"sampler.group_size": 4, "collect.prompts": 16},
+            "On noisy graded rewards four answers per prompt with each other's mean as baseline beat REINFORCE, all else equal.",
+            seeds=10, settings={"options.noise": 1.0, "rule.optimizer": "adam", "rule.max_grad_norm": 1.0},
+            own={"sampler.group_size": 4, "collect.prompts": 16, "reward.beta": 0.0},
         ),
         neutral={
             "reward.kl-in-reward": Neutral(own={"beta": 0.0}),

@@ -35,7 +35,8 @@ A3C = register(
         doc=__doc__ or "",
         claim="Learns from short fragments, online, with less variance than Monte Carlo returns.",
         miniature=Miniature(
-            "gym:CartPole-v1", "40k-decisions", "Learns faster than REINFORCE with baseline from equally many steps.",
+            "gym:CartPole-v1", "40k-decisions",
+            "At their presets learns faster than REINFORCE with baseline from equally many steps.",
             reduce="auc", seeds=10, points=20, settings={"evaluate.episodes": 10},
         ),
         floor=Floor("gym:CartPole-v1", "25k-decisions", 220, settings={"evaluate.episodes": 16, "optim.compile": "never"}),

@@ -37,7 +37,8 @@ PPO = register(
         doc=__doc__ or "",
         claim="Better than A2C and TRPO on simulated locomotion and Atari at less cost and complexity.",
         miniature=Miniature(
-            "gym:CartPole-v1", "40k-decisions", "Learns faster than A2C from equally many steps of the environment.",
+            "gym:CartPole-v1", "40k-decisions",
+            "At their presets learns faster than A2C from equally many steps of the environment.",
             baseline="a2c", reduce="auc", seeds=10, points=20, settings={"evaluate.episodes": 10},
         ),
         floor=Floor("gym:CartPole-v1", "25k-decisions", 300, settings={"evaluate.episodes": 16, "optim.compile": "never"}),

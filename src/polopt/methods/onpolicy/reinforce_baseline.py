@@ -22,7 +22,7 @@ REINFORCE_BASELINE = register(
         critic=ValueLoss(coef=0.5),
         title="REINFORCE with baseline",
         paper="Sutton and Barto 2018, sec. 13.4",
-        year=1992,
+        year=2018,
         doc=__doc__ or "",
         claim="Learns faster than REINFORCE: same expected gradient, less variance.",
         miniature=Miniature(

@@ -42,7 +42,8 @@ TRPO = register(
         doc=__doc__ or "",
         claim="Improves nearly monotonically with little tuning.",
         miniature=Miniature(
-            "gym:CartPole-v1", "40k-decisions", "The score falls less often by more than a fifth of its range than A2C's.",
+            "gym:CartPole-v1", "40k-decisions",
+            "At their presets the score falls less often by more than a fifth of its range than A2C's.",
             baseline="a2c", reduce="drops", expect="lower", seeds=10, points=20, settings={"evaluate.episodes": 10},
         ),
         floor=Floor("gym:CartPole-v1", "25k-decisions", 350, settings={"evaluate.episodes": 16, "optim.compile": "never"}),
