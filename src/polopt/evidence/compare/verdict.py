@@ -222,14 +222,16 @@ def _efficiency(analysis: Analysis) -> list[str]:
 
 def table(analysis: Analysis) -> Table:
     """Contestants, best first, with their numbers."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
 
     unit = analysis.unit
     over = "baseline" if analysis.baseline is not None else "next"
-    out = Table(title=f"{analysis.task}, {amount(analysis.budget)} {unit}", title_justify="left")
-    heads = ["contestant", f"final {_score(analysis)}", "mean over budget", f"P(better than {over})", f"{unit} to target"]
-    for i, head in enumerate([*heads, "decisions/s", "memory", "failed"]):
+    title = f"{analysis.task}, {amount(analysis.budget)} {unit}; to target: {unit} until 90 % of the way"
+    out = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    heads = ["contestant", f"final\n{_score(analysis)}", "mean over\nbudget", f"P(better\nthan {over})", "to\ntarget"]
+    for i, head in enumerate([*heads, "decisions\nper second", "memory", "failed"]):
         out.add_column(head, justify="right" if i else "left", no_wrap=i == 0)
     for place, name in enumerate(analysis.ranking):
         row = analysis.of(name)
