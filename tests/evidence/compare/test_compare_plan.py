@@ -143,10 +143,10 @@ def test_settings_that_not_all_have() -> None:
         ({"tune": 2, "seeds": "0,1001"}, "seed 1001 is a seed of tuning"),
         ({"task": "gym:CartPol-v1"}, "unknown environment 'CartPol-v1', did you mean 'CartPole-v1'?"),
         ({"external": ["x=nosuchprogram {out}"]}, "there is no program 'nosuchprogram'"),
-        ({"external": ["x=python -c pass"]}, "needs {out}"),
-        ({"external": ["x=python {sed} {out}"]}, "unknown placeholder '{sed}', did you mean '{seed}'?"),
-        ({"external": ["x=python {updates} {out}"]}, "asks for {updates}, but the budget is in decisions"),
-        ({"external": ["x=python '{out}"]}, "cannot be read"),
+        ({"external": ["x=python3 -c pass"]}, "needs {out}"),
+        ({"external": ["x=python3 {sed} {out}"]}, "unknown placeholder '{sed}', did you mean '{seed}'?"),
+        ({"external": ["x=python3 {updates} {out}"]}, "asks for {updates}, but the budget is in decisions"),
+        ({"external": ["x=python3 '{out}"]}, "cannot be read"),
     ],
 )
 def test_other_refusals(rest: dict[str, Any], told: str) -> None:
@@ -190,7 +190,7 @@ def test_layers_of_settings() -> None:
 def test_the_command_repeats_the_comparison() -> None:
     a = asked(
         "ppo", "x=ppo,epochs=2", seeds="0,3", budget="10k-decisions", settings={"collect.envs": "4"}, baseline="ppo", tune=2,
-        search=("lr=1e-4..1e-2:log",), external=["sb3=python run.py --seed {seed} --out {out}"], higher_is_better=False,
+        search=("lr=1e-4..1e-2:log",), external=["sb3=python3 run.py --seed {seed} --out {out}"], higher_is_better=False,
     )  # fmt: skip
     command = command_of(a, Path("runs/here"), 2)
     words, settings = split_settings(shlex.split(command)[1:])

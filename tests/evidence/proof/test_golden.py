@@ -74,7 +74,7 @@ def test_a_changed_setting_is_caught_at_the_first_update(recorded: golden.Golden
     # a rate given by the task's preset is changed where the run is described
     method, kept = get_method("ppo"), recorded
     if path == "lr":
-        kept = replace(recorded, settings={**recorded.settings, "lr": value})
+        kept = replace(recorded, settings={**recorded.settings, "updates.policy.rule.lr": value})
     else:
         method = method.set(path, value)
     found = golden.check(method, kept, mode)

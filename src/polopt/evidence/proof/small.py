@@ -9,8 +9,8 @@ from polopt.method import Method
 
 #: Answers per iteration, and how many of them answer the same prompt where a method compares such answers.
 ANSWERS, GROUP = 16, 4
-#: Passes over each batch and rate of methods whose surrogate works on probability ratios.
-EPOCHS, RATE = 4, 0.3
+#: Rate of methods whose surrogate works on probability ratios, and passes over each batch of those that pass once.
+RATE, EPOCHS = 0.3, 4
 WORLD = {"prompts": 4, "symbols": 4, "length": 4, "dense": 0.25, "hardest": 0.05, "easiest": 0.3, "noise": 0.3}
 
 
@@ -33,7 +33,9 @@ def world(method: Method) -> Small:
     main = method.update()
     if "logp@old" in method.slots(main).surrogate.needs and hasattr(main.rule, "lr"):
         # several large steps per batch: ratios must come to where a surrogate bounds them, or its bounds would not be seen
-        settings |= {f"updates.{main.name}.epochs": max(EPOCHS, main.epochs), f"updates.{main.name}.rule.lr": RATE}
+        settings[f"updates.{main.name}.rule.lr"] = RATE
+        if main.epochs == 1:
+            settings[f"updates.{main.name}.epochs"] = EPOCHS
     return Small("table:lengths", settings)
 
 
