@@ -149,18 +149,19 @@ def stack() -> dict[str, str]:
         "torch": torch.__version__.partition("+")[0],
         "numpy": np.__version__,
         "python": ".".join(platform.python_version_tuple()[:2]),
-        "processor": f"{platform.system()}-{platform.machine()}-{_vendor()}",
+        "processor": f"{platform.system()}-{platform.machine()}-{_model()}",
         "vectors": torch.backends.cpu.get_cpu_capability(),
     }
 
 
-def _vendor() -> str:
-    """The processor's maker, for which libraries choose different routines; empty where it is not told."""
+def _model() -> str:
+    """The processor's model, for which libraries choose different routines; empty where it is not told."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return ""
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "")
+    known = dict(line.split(":", 1) for line in lines if ":" in line)
+    return next((value.strip() for key, value in known.items() if key.strip() == "model name"), "")
 
 
 # -------------------------------------------------------------------- recording and checking
