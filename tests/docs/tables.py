@@ -1,12 +1,13 @@
 """Tables in README.md and docs/ that are computed from the code: `python tests/docs/tables.py` rewrites them.
 
-A table stands between `<!-- table NAME -->` and `<!-- end -->`.
+A table, or what a command printed, stands between `<!-- table NAME -->` and `<!-- end -->`.
 """
 
 from __future__ import annotations
 
 import inspect
 import re
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -145,7 +146,28 @@ def _evidence(found: dict[str, Any] | None) -> str:
     return f"{found['result']}: {number} against `{found['baseline']}`"
 
 
-FUNCTIONS = (methods, warnings, parts, data_options, neutral, conditions, papers, claims)
+def certificate() -> str:
+    """What certifying PPO printed."""
+    return _printed("polopt certify ppo", "certificate", "line")
+
+
+def experiment() -> str:
+    """What the experiment of Dr. GRPO gave."""
+    return _printed("polopt evidence dr-grpo --again", "evidence", "sentence", "result")
+
+
+def _printed(command: str, kind: str, text: str, word: str = "") -> str:
+    import polopt
+    from polopt.evidence.proof import stored
+
+    name = command.split()[2]
+    found = stored.summary(polopt.method(name))[kind]
+    shown = "nothing is stored yet" if found is None else f"{name}: {found[word]}: {found[text]}" if word else found[text]
+    lines = textwrap.wrap(shown, 116, break_long_words=False, break_on_hyphens=False)
+    return "\n" + "".join(f"    {line}\n" for line in (f"$ {command}", *lines)) + "\n"
+
+
+FUNCTIONS = (methods, warnings, parts, data_options, neutral, conditions, papers, claims, certificate, experiment)
 TABLES: dict[str, Callable[[], str]] = {f.__name__: f for f in FUNCTIONS}
 
 
