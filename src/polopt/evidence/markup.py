@@ -9,7 +9,10 @@ import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 def escape(x: object) -> str:
@@ -89,4 +92,15 @@ def _shorten(m: re.Match[str]) -> str:
     return f"{float(m[0]):.1f}".removesuffix(".0")
 
 
-__all__ = ["attribute", "escape", "plain", "strict", "themed", "write"]
+def ruled(axes: Axes, ink: str, grid: str, lines: Literal["x", "y"]) -> None:
+    """Give axes of a picture lines in one direction, a line below, and no background."""
+    axes.grid(axis=lines, color=grid, linewidth=1)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0, colors=ink, labelsize=11, pad=5)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side == "bottom")
+        spine.set_color(grid)
+    axes.patch.set_visible(False)
+
+
+__all__ = ["attribute", "escape", "plain", "ruled", "strict", "themed", "write"]

@@ -9,12 +9,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float64
 
-from polopt.evidence.markup import plain, themed, write
+from polopt.evidence.markup import plain, ruled, themed, write
 from polopt.evidence.report.curves import tick
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ def _plot(axes: Axes, curves: Sequence[Curve], colours: Sequence[str], ink: str,
     axes.yaxis.set_major_locator(MaxNLocator(6))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(FuncFormatter(tick))
-    _frame(axes, ink, grid, "y")
+    ruled(axes, ink, grid, "y")
 
 
 def _limits(axes: Axes, curves: Sequence[Curve]) -> None:
@@ -225,7 +225,7 @@ def draw_strips(strips: Sequence[Strip], xlabel: str, *, width: int, key: str) -
         axes.set_yticks(range(len(strips)), [plain(n) for n in names])
         axes.xaxis.set_major_locator(MaxNLocator(6 if width > 600 else 4))
         axes.xaxis.set_major_formatter(FuncFormatter(tick))
-        _frame(axes, _INK, _GRID, "x")
+        ruled(axes, _INK, _GRID, "x")
         axes.tick_params(axis="y", labelsize=12)
         axes.set_xlabel(xlabel, color=_INK, fontsize=12, labelpad=6)
         return themed(_svg(figure), _VARIABLES, f"{xlabel} by seed, as in the list of runs below", key)
@@ -281,16 +281,6 @@ def _svg(figure: Figure) -> str:
     out = io.StringIO()
     figure.savefig(out, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     return out.getvalue()
-
-
-def _frame(axes: Axes, ink: str, grid: str, lines: Literal["x", "y"]) -> None:
-    axes.grid(axis=lines, color=grid, linewidth=1)
-    axes.set_axisbelow(True)
-    axes.tick_params(length=0, colors=ink, labelsize=11, pad=5)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side == "bottom")
-        spine.set_color(grid)
-    axes.patch.set_visible(False)
 
 
 def _short(text: str, most: int) -> str:

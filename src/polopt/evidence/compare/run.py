@@ -156,7 +156,7 @@ class _Comparing:
         self.asked, self.arms, self.folder, self.quiet = asked, arms, folder, quiet
         accelerated = any(a.resolved is not None and a.resolved.settings.device != "cpu" for a in arms)
         self.slots = jobs or (1 if accelerated else len(os.sched_getaffinity(0)))
-        self.asked_jobs, self.timeout = jobs, timeout
+        self.timeout = timeout
         self.versions = {**environment(), "cpu": _cpu()}
         self.notes: list[str] = []
         self.command = command_of(asked, folder, jobs)

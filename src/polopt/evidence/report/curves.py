@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float64
 
-from polopt.evidence.markup import themed
+from polopt.evidence.markup import ruled, themed
 from polopt.evidence.report.panels import Panel
 
 if TYPE_CHECKING:
@@ -184,13 +184,7 @@ def _axes(axes: Axes, panel: Panel, lines: list[Line], until: float, ink: str, g
     axes.xaxis.set_major_locator(MaxNLocator(5 if right > left else 1))
     axes.xaxis.set_major_formatter(FuncFormatter(tick))
     axes.yaxis.set_major_formatter(FuncFormatter(tick))
-    axes.grid(axis="y", color=grid, linewidth=1)
-    axes.set_axisbelow(True)
-    axes.tick_params(length=0, colors=ink, labelsize=11, pad=5)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side == "bottom")
-        spine.set_color(grid)
-    axes.patch.set_visible(False)
+    ruled(axes, ink, grid, "y")
 
 
 def tick(x: float, _: Any = None) -> str:
