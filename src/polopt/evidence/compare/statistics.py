@@ -5,10 +5,11 @@ A seed is the unit everywhere: a run gives one number, and only runs are resampl
 Intervals of the interquartile mean (IQM) come from a stratified bootstrap over seeds. The usual percentile bootstrap (and BCa)
 of few seeds is too narrow, so it is widened: with at least five degrees of freedom the percentiles are taken further out
 (Hesterberg's expanded percentiles), with fewer the bootstrap's standard error is multiplied by Student's t.
-Coverage of the 95 % interval in %, measured with 8000 repetitions (standard error 0.25; percentile bootstrap: 4000), for scores
-that are normal, Student's t3, lognormal, beta(8, 1), and in two modes 50:50 and 70:30; in brackets the percentile bootstrap:
- 3 seeds: 95 (75), 96 (76), 93 (75), 93 (74), 75 (75), 78 (64); 5: 96 (91), 97 (90), 95 (89), 94 (91), 94 (94), 82 (81);
-10 seeds: 96 (94), 97 (94), 96 (92), 96 (93), 97 (92), 96 (93); 20: 96 (95), 95 (94), 96 (94), 96 (94), 95 (94), 94 (94).
+Coverage of the 95 % interval in %, by benchmarks/coverage.py with 8000 repetitions (standard error 0.25; percentile bootstrap:
+4000), for scores that are normal, Student's t3, lognormal, beta(8, 1), and in two modes
+50:50 and 70:30; in brackets the percentile bootstrap:
+ 3 seeds: 95 (74), 96 (75), 93 (74), 93 (77), 75 (74), 78 (64); 5: 96 (90), 97 (90), 95 (90), 95 (90), 94 (94), 82 (81);
+10 seeds: 96 (94), 97 (94), 96 (93), 96 (94), 96 (93), 96 (92); 20: 95 (95), 95 (94), 96 (95), 95 (95), 95 (94), 95 (94).
 Five draws from two modes 70:30 fall into one mode alone in 17 % of all cases; no interval made of them alone can then cover.
 
 Paired differences are summarised by their mean with Student's t: it is what the bootstrap's standard error times t is for a
