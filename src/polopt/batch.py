@@ -87,7 +87,8 @@ class Batch:
     segment [B,T]: decisions that belong together (a turn), ids in [0,T), or None.
     stats: `name@view`, each [B,T,...], e.g. "logp@behaviour" (the sampler's own number), "logp@old", "value@old".
     keys: further integer unit keys [B] by name; row: further columns [B] by name.
-    obs, action, context, final: trees that only the policy reads; context entries are [B,L,...], padded on the left.
+    obs, action, next_obs, context, final: trees that only policy and critics read; context entries are [B,L,...], padded on the left.
+    next_obs: the true next observation of each decision, where decisions come without their neighbours (a replay).
     horizon: the most decisions that a row could have had (the generation limit). Collectors set it and `pad` keeps it, so that it
     does not depend on padding; `of` takes T where it is not given.
     """
@@ -105,6 +106,7 @@ class Batch:
     row: Mapping[str, Tensor] = field(default_factory=dict)
     obs: Tree = None
     action: Tree = None
+    next_obs: Tree = None
     context: Mapping[str, Tree] = field(default_factory=dict)
     final: Final | None = None
     units: Mapping[str, int] = field(default_factory=dict)
@@ -298,6 +300,7 @@ class Batch:
             row={k: v[index // t] for k, v in self.row.items()},
             obs=tree_map(flat, self.obs),
             action=tree_map(flat, self.action),
+            next_obs=tree_map(flat, self.next_obs),
             context={},
             final=None,
         )
@@ -354,7 +357,7 @@ class Batch:
             group=group, segment=join(lambda b: b.segment),
             source=join(lambda b: b.source), version=join(lambda b: b.version),
             stats=table(lambda b: b.stats), keys=table(lambda b: b.keys), row=table(lambda b: b.row),
-            obs=join(lambda b: b.obs), action=join(lambda b: b.action),
+            obs=join(lambda b: b.obs), action=join(lambda b: b.action), next_obs=join(lambda b: b.next_obs),
             context={k: cat_left([b.context[k] for b in padded]) for k in first.context},
             final=None,
             units=sizes,
@@ -386,6 +389,6 @@ class Batch:
             segment=two(self.segment), source=two(self.source), version=two(self.version),
             stats={k: steps(v) for k, v in self.stats.items()},
             keys={k: fn(v) for k, v in self.keys.items()}, row={k: fn(v) for k, v in self.row.items()},
-            obs=tree_map(steps, self.obs), action=tree_map(steps, self.action),
+            obs=tree_map(steps, self.obs), action=tree_map(steps, self.action), next_obs=tree_map(steps, self.next_obs),
             context={k: tree_map(fn, v) for k, v in self.context.items()}, final=None,
         )  # fmt: skip
