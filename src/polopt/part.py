@@ -18,8 +18,8 @@ Moment = Literal["drawn", "scored", "minibatch", "stepped", "evaluated"]
 
 #: The slots of a method, in the order in which they act.
 KINDS = (
-    "sampler", "decoder", "source", "reward", "advantage", "select", "weight", "surrogate", "penalty", "critic",
-    "aggregate", "rule",
+    "sampler", "decoder", "explore", "source", "reward", "advantage", "select", "weight", "surrogate", "penalty", "target",
+    "critic", "actor", "multiplier", "aggregate", "rule", "after",
 )  # fmt: skip
 
 
@@ -69,6 +69,22 @@ class Range:
         return ", ".join(f"{sign} {bound:g}" for sign, bound in pairs if bound is not None)
 
 
+@dataclass(frozen=True)
+class Net:
+    """A network that a part asks for by name; the policy builds it from the run's seed and the name, and saves it.
+
+    inputs: what it reads ("none": it is one trained number, `init` at the start). outputs: numbers per member, or "actions": one
+    per discrete action. members: networks of the same form, computed together. hidden: widths; none: those of the policy.
+    """
+
+    name: str
+    inputs: Literal["none", "obs", "obs-action"] = "obs"
+    outputs: int | Literal["actions"] = 1
+    members: int = 1
+    hidden: tuple[int, ...] | None = None
+    init: float = 0.0
+
+
 @functools.cache
 def hints(cls: Hashable) -> dict[str, Any]:
     """Resolved annotations of a dataclass, with `Annotated` metadata kept."""
@@ -90,7 +106,7 @@ def check_fields(owner: object, where: str) -> None:
 class Part:
     """Base of all parts. Subclasses are frozen dataclasses whose fields are their settings.
 
-    A part is called as `call(part, batch=..., now=..., advantage=..., memory=..., rng=...)` and receives what its
+    A part is called as `call(part, batch=..., now=..., advantage=..., nets=..., memory=..., rng=...)` and receives what its
     `__call__` names. It is a pure function of tensors: what must last is returned by `observe` and kept in `Memory`.
     """
 
@@ -122,6 +138,16 @@ class Part:
     def nets(self) -> frozenset[str]:
         """Networks asked for by name ("value"); the policy builds them, seeded by seed + name."""
         return frozenset(n.partition("@")[0].removesuffix("_next") for n in self.needs if n.startswith("value"))
+
+    @property
+    def networks(self) -> tuple[Net, ...]:
+        """Networks that the part asks for in full: critics of actions, dual variables, learned parts."""
+        return ()
+
+    @property
+    def copies(self) -> frozenset[str]:
+        """Nets of which the part reads the slow copy ("critic", "policy"); what moves a copy is an update's `after`."""
+        return frozenset()
 
     def initial(self) -> dict[str, Tensor]:
         """Memory at the start of training (empty for parts that remember nothing)."""
@@ -228,4 +254,4 @@ def union(sets: Iterable[frozenset[Any]]) -> frozenset[Any]:
     return frozenset().union(*sets)
 
 
-__all__ = ["KINDS", "Can", "Moment", "Part", "Range", "call", "make_part", "part_names", "register_part", "register_preset"]
+__all__ = ["KINDS", "Can", "Moment", "Net", "Part", "Range", "call", "make_part", "part_names", "register_part", "register_preset"]
