@@ -32,6 +32,7 @@ class Can(StrEnum):
     KL = "kl"  # closed-form divergence between two of its views
     IMITATE = "imitate"  # a supervised loss
     CARRY = "carry"  # recurrent state
+    FLOW = "flow"  # a policy without a likelihood: conditional flow-matching losses of given actions
     VALUE = "value"  # can be given a value head or net
     REFERENCE = "reference"  # keeps a frozen reference view
     GROUPS = "groups"  # the task can be sampled several times from one starting point
@@ -40,6 +41,8 @@ class Can(StrEnum):
 
 
 REASONS = {
+    Can.SCORE: "log-probabilities of given actions",
+    Can.FLOW: "a flow policy (no likelihood)",
     Can.KL: "a closed-form KL divergence between two policies",
     Can.REFERENCE: "a frozen reference policy",
     Can.GROUPS: "several samples from the same starting point",

@@ -12,7 +12,7 @@ from polopt.settings import Settings
 
 #: domain -> (module of policies, module of collectors); each has a `build` function
 DOMAINS = {
-    "control": ("polopt.policies.mlp", "polopt.collect.vector"),
+    "control": ("polopt.policies.control", "polopt.collect.vector"),
     "text": ("polopt.policies.lm", "polopt.collect.text"),
     "table": ("polopt.policies.table", "polopt.collect.table"),
 }
