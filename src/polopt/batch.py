@@ -87,7 +87,7 @@ class Batch:
     segment [B,T]: decisions that belong together (a turn), ids in [0,T), or None.
     stats: `name@view`, each [B,T,...], e.g. "logp@behaviour" (the sampler's own number), "logp@old", "value@old".
     keys: further integer unit keys [B] by name; row: further columns [B] by name.
-    obs, action, next_obs, context, final: trees that only policy and critics read; context entries are [B,L,...], padded on the left.
+    obs, action, next_obs, context, final: trees that only policy and critics read; context entries are [B,L,...], padded left.
     next_obs: the true next observation of each decision, where decisions come without their neighbours (a replay).
     horizon: the most decisions that a row could have had (the generation limit). Collectors set it and `pad` keeps it, so that it
     does not depend on padding; `of` takes T where it is not given.

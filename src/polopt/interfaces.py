@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from polopt.batch import Batch, Clock
+from polopt.draws import Draws
 from polopt.part import Can
 from polopt.stats import NOW, View
 
@@ -54,6 +55,37 @@ class Task(Protocol):
 
     def preset(self, method: Any) -> Mapping[str, Any]:
         """Settings that suit this task, as dotted paths ("collect.envs"), for a method with these properties."""
+        ...
+
+
+class Nets(Protocol):
+    """What parts may ask of the networks that a policy holds for them: N observations at a time, with gradient.
+
+    Actions are as batches store them: numbers in [-1, 1] for continuous, indices for discrete ones. `slow` asks the slow copy.
+    """
+
+    def draw(self, obs: Any, rng: Draws, *, slow: bool = False) -> tuple[Tensor, Tensor]:
+        """An action [N,A], differentiable in the policy, and its log-probability [N]."""
+        ...
+
+    def mode(self, obs: Any, *, slow: bool = False) -> Tensor:
+        """The most likely action [N,A]."""
+        ...
+
+    def log_probs(self, obs: Any, *, slow: bool = False) -> Tensor:
+        """Log-probabilities of all actions [N,V]."""
+        ...
+
+    def score(self, obs: Any, action: Tensor) -> Tensor:
+        """Log-probability [N] of given actions."""
+        ...
+
+    def values(self, name: str, obs: Any, action: Tensor | None = None, *, slow: bool = False) -> Tensor:
+        """Outputs [E,N,K] of all E members of the net `name`."""
+        ...
+
+    def scalar(self, name: str) -> Tensor:
+        """The trained number `name`, without axes."""
         ...
 
 

@@ -12,18 +12,25 @@ from torch import Generator, Tensor
 from polopt import objective
 from polopt.batch import Batch, Totals
 from polopt.claim import Floor, Miniature, Neutral
+from polopt.draws import Draws
 from polopt.errors import CallError, Misfit, unknown
 from polopt.memory import Memory
-from polopt.part import REASONS, Can, Part, Range, check_fields, union
+from polopt.part import REASONS, Can, Net, Part, Range, check_fields, union
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from polopt.interfaces import Nets
+
 #: Slots that one update fills; an `Update` may override any of them.
-UPDATE_SLOTS = ("advantage", "select", "weight", "surrogate", "penalty", "critic", "aggregate")
+UPDATE_SLOTS = ("advantage", "select", "weight", "surrogate", "penalty", "target", "critic", "actor", "multiplier", "aggregate")
 #: Slots that hold several parts.
 PLURAL = ("reward", "select", "weight", "penalty")
-SLOTS = ("sampler", "decoder", "source", "reward", *UPDATE_SLOTS)
+SLOTS = ("sampler", "decoder", "explore", "source", "reward", *UPDATE_SLOTS)
+#: Slots that may be empty.
+OPTIONAL = ("decoder", "explore", "advantage", "surrogate", "target", "critic", "actor", "multiplier")
+#: Losses that an update adds up: slots that hold them.
+TERMS = ("surrogate", "penalty", "critic", "actor", "multiplier")
 #: What describes a method without acting in it; a child does not inherit it.
 DESCRIPTION: dict[str, Any] = {
     "title": "", "paper": "", "year": None, "family": "", "doc": "", "claim": "", "builds_on": (), "card": None,
@@ -33,10 +40,12 @@ DESCRIPTION: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Update:
-    """Which terms, on which batch, move which nets, how often, by which rule. An iteration is a tuple of these.
+    """Which terms, on which batch, move which nets, how often, by which rule, and what follows. An iteration is a tuple of these.
 
-    on: the name of the batch in what the sampler returns. terms: slots whose losses are added up. minibatch counts rows
-    (decisions where the policy's decisions are independent); None is the whole batch. Any of the slots may be overridden.
+    on: the name of the batch in what the source returns. terms: slots whose losses are added up. minibatch counts rows
+    (decisions where the policy's decisions are independent); None is the whole batch. every counts rounds of updates: an
+    iteration on fresh batches is one, a replay makes as many as its ratio of updates to data asks for. after: what follows each
+    of its steps (slow copies move). Any of the slots may be overridden.
     """
 
     name: str = "policy"
@@ -47,14 +56,18 @@ class Update:
     minibatch: Annotated[int | None, Range(ge=1), "rows or decisions per gradient step; none: the whole batch"] = None
     minibatches: Annotated[int | None, Range(ge=1), "gradient steps per epoch, if minibatch is not set"] = None
     target_kl: Annotated[float | None, Range(gt=0), "stop the epochs when KL to the old policy exceeds this"] = None
-    every: Annotated[int, Range(ge=1), "run in every n-th iteration"] = 1
+    every: Annotated[int, Range(ge=1), "run in every n-th round of updates"] = 1
+    after: tuple[Part, ...] = ()
     rule: Part = field(default_factory=lambda: default_rule())
     advantage: Part | None = None
     select: tuple[Part, ...] | None = None
     weight: tuple[Part, ...] | None = None
     surrogate: Part | None = None
     penalty: tuple[Part, ...] | None = None
+    target: Part | None = None
     critic: Part | None = None
+    actor: Part | None = None
+    multiplier: Part | None = None
     aggregate: Part | None = None
 
     def __post_init__(self) -> None:
@@ -79,12 +92,15 @@ def default_source() -> Part:
 class Slots:
     """The parts that act in one update, after its overrides."""
 
-    advantage: Part
+    advantage: Part | None
     select: tuple[Part, ...]
     weight: tuple[Part, ...]
-    surrogate: Part
+    surrogate: Part | None
     penalty: tuple[Part, ...]
+    target: Part | None
     critic: Part | None
+    actor: Part | None
+    multiplier: Part | None
     aggregate: Part
     terms: tuple[str, ...]
     update: str = ""
@@ -96,14 +112,19 @@ class Slots:
 
     def acting(self) -> Iterator[tuple[str, Part]]:
         """(slot path, part) of every part that is called in this update's loss."""
-        if "surrogate" in self.terms:
+        if "surrogate" in self.terms and self.surrogate is not None:
             for slot in ("select", "weight"):
                 yield from ((f"{slot}.{p.name}", p) for p in getattr(self, slot))
             yield "surrogate", self.surrogate
         if "penalty" in self.terms:
             yield from ((f"penalty.{p.name}", p) for p in self.penalty)
         if "critic" in self.terms and self.critic is not None:
+            if self.target is not None:
+                yield "target", self.target
             yield "critic", self.critic
+        for slot in ("actor", "multiplier"):
+            if slot in self.terms and getattr(self, slot) is not None:
+                yield slot, getattr(self, slot)
         yield "aggregate", self.aggregate
 
 
@@ -113,16 +134,20 @@ class Method:
 
     name: str
     sampler: Part
-    advantage: Part
-    surrogate: Part
     aggregate: Part
+    advantage: Part | None = None
+    surrogate: Part | None = None
     decoder: Part | None = None
+    explore: Part | None = None  # how actions differ from the policy's own while experience is collected
     source: Part = field(default_factory=lambda: default_source())
     reward: tuple[Part, ...] = ()
     select: tuple[Part, ...] = ()
     weight: tuple[Part, ...] = ()
     penalty: tuple[Part, ...] = ()
+    target: Part | None = None
     critic: Part | None = None
+    actor: Part | None = None
+    multiplier: Part | None = None
     updates: tuple[Update, ...] = field(default_factory=lambda: (Update(),))
     title: str = ""
     paper: str = ""  # arXiv id or citation
@@ -199,6 +224,7 @@ class Method:
             found |= {f"{slot}.{p.name}": p for p in value} if slot in PLURAL else ({slot: value} if value else {})
         for u in self.updates:
             found[f"updates.{u.name}.rule"] = u.rule
+            found |= {f"updates.{u.name}.after.{i}": p for i, p in enumerate(u.after)}
             for slot in UPDATE_SLOTS:
                 value = getattr(u, slot)
                 if value is not None:
@@ -214,7 +240,8 @@ class Method:
         """Statistics `name@view` that the parts of `update` (default: all updates), rewards and advantages need."""
         updates = self.updates if update is None else (update,)
         acting = union(union(p.needs for _, p in self.slots(u).acting()) | u.rule.needs for u in updates)
-        before = union(p.needs for p in self.reward) | union(self.slots(u).advantage.needs for u in updates)
+        before = union(p.needs for p in self.reward)
+        before |= union(a.needs for u in updates if (a := self.slots(u).advantage) is not None)
         if any(u.target_kl is not None for u in updates):
             acting |= {"logp@old", "logp@now"}  # the divergence that stops the epochs is estimated from them
         return acting | before - {"return@old"}
@@ -227,6 +254,19 @@ class Method:
         """Networks beyond the policy that its parts ask for ("value")."""
         return union(p.nets for p in self.parts().values())
 
+    def networks(self) -> dict[str, Net]:
+        """Networks that its parts ask for in full, by name; two parts that ask for one name must agree on it."""
+        found: dict[str, Net] = {}
+        for path, part in self.parts().items():
+            for net in part.networks:
+                if found.setdefault(net.name, net) != net:
+                    raise CallError(f"{self.name}: {path} asks for {net}, another part for {found[net.name]}")
+        return found
+
+    def copies(self) -> frozenset[str]:
+        """Nets of which some part reads the slow copy."""
+        return union(p.copies for p in self.parts().values())
+
     # ---------------------------------------------------------------- refusing
     def check(self) -> None:
         """Raise `CallError` if the parts cannot work together."""
@@ -236,17 +276,22 @@ class Method:
         if len(set(names)) < len(names):
             raise CallError(f"{self.name}: updates need distinct names, got {names}")
         for u in self.updates:
+            slots = self.slots(u)
             for term in u.terms:
-                if term not in ("surrogate", "penalty", "critic"):
-                    raise unknown(f"term of update '{u.name}'", term, ("surrogate", "penalty", "critic"))
-            before = [
+                if term not in TERMS:
+                    raise unknown(f"term of update '{u.name}'", term, TERMS)
+            if "surrogate" in u.terms and slots.surrogate is not None and slots.advantage is None:
+                raise CallError(f"{self.name}: update '{u.name}' has a surrogate but no advantage to weigh it with")
+            before: list[tuple[str, Part | None]] = [
                 ("sampler", self.sampler),
+                ("explore", self.explore),
+                ("source", self.source),
                 *((f"reward.{p.name}", p) for p in self.reward),
-                ("advantage", self.slots(u).advantage),
+                ("advantage", slots.advantage),
             ]
-            for path, part in [*before, *self.slots(u).acting(), ("rule", u.rule)]:
+            for path, part in [*before, *slots.acting(), ("rule", u.rule), *(("after", p) for p in u.after)]:
                 validate = getattr(part, "validate", None)
-                if validate and (problem := validate(self, u)):
+                if part is not None and validate and (problem := validate(self, u)):
                     raise CallError(f"{self.name}: {path} '{part.name}' in update '{u.name}': {problem}")
 
     def refuse_unless(self, offers: Iterable[Can], what: str) -> None:
@@ -280,27 +325,30 @@ class Method:
         *,
         advantage: Tensor | Sequence[Sequence[float]] | None = None,
         totals: Totals | Batch | Mapping[str, Any] | None = None,
-        rng: Generator | None = None,
+        nets: Nets | None = None,
+        rng: Draws | Generator | None = None,
         update: str | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of an update (default: the first) on `batch`, differentiable in its `@now` statistics, and diagnostics.
 
         advantage [B,T]: given, or computed from this batch. totals: those of the whole update batch when `batch` is a
         micro-batch of it (`Method.totals(whole)`, the whole batch itself, or its numbers by name); micro-batch losses then add up
-        exactly. Raises `CallError` on rewards that are not finite and on arguments of the wrong form.
+        exactly. nets: the networks, where terms ask for them (critics of actions, actors). Raises `CallError` on rewards that
+        are not finite and on arguments of the wrong form.
         """
         u = self.update(update)
         memory = memory or self.memory()
         objective.refuse_bad_rewards(batch)
         given = None if advantage is None else _advantage(advantage, batch)
-        if given is None and "surrogate" in u.terms:
+        if given is None and "surrogate" in u.terms and self.slots(u).surrogate is not None:
             given = self.advantages(batch, memory, update=u.name)
         if isinstance(totals, Batch):
             totals = self.totals(totals, memory, update=u.name)
         elif totals is not None:
             totals = _totals(totals, batch)
         now = {k.removesuffix("@now"): v for k, v in batch.stats.items() if k.endswith("@now")}
-        return objective.loss(self, u, batch, now, given, totals, memory, rng)
+        rng = rng if isinstance(rng, Draws) else Draws(rng, batch.mask.device)
+        return objective.loss(self, u, batch, now, given, totals, memory, rng, nets)
 
 
 def _advantage(given: Any, batch: Batch) -> Tensor:
@@ -340,7 +388,7 @@ def _fit(slot: str, value: Any) -> Any:
         if len(set(names)) < len(names):
             raise CallError(f"slot '{slot}' holds two parts of the same name: {names}")
     for part in value if slot in PLURAL else (value,):
-        if part is None and slot in ("decoder", "critic"):
+        if part is None and slot in OPTIONAL:
             continue
         if not isinstance(part, Part):
             raise CallError(f"slot '{slot}' takes a Part, got {type(part).__name__}: {part!r}")

@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Generator, Tensor
+from torch import Tensor
 
 from polopt.batch import Batch, Totals
 from polopt.columns import missing_message
+from polopt.draws import Draws
 from polopt.errors import CallError, MissingStatistic
 from polopt.memory import Memory
 from polopt.part import Part, call
 
 if TYPE_CHECKING:
+    from polopt.interfaces import Nets
     from polopt.method import Method, Slots, Update
 
 Diagnostics = dict[str, Tensor]
@@ -42,6 +44,7 @@ def advantages(method: Method, update: Update, batch: Batch, memory: Memory) -> 
     refuse_bad_rewards(batch)
     with torch.no_grad():
         slots = method.slots(update)
+        assert slots.advantage is not None  # `Method.check`
         out = call(slots.advantage, batch=shaped(method, batch, memory), memory=memory.of(slots.path("advantage")))
         out = checked("advantage", slots.advantage, out, batch, "BT", "BTK")
         out = out.squeeze(-1) if out.dim() == 3 and out.shape[-1] == 1 else out
@@ -52,8 +55,9 @@ def returns(method: Method, update: Update, batch: Batch, memory: Memory) -> Flo
     """What the critic regresses to, [B,T]: the advantage part's estimate of the return under the shaped reward."""
     part = method.slots(update).advantage
     estimate = getattr(part, "returns", None)
-    if estimate is None:
-        raise CallError(f"{method.name}: the critic needs a return, but advantage '{part.name}' estimates none; use gae or n-step")
+    if part is None or estimate is None:
+        named = part.name if part is not None else "none"
+        raise CallError(f"{method.name}: the critic needs a return, but advantage '{named}' estimates none; use gae or n-step")
     with torch.no_grad():
         return checked("advantage", part, estimate(shaped(method, batch, memory)), batch, "BT")
 
@@ -109,11 +113,14 @@ def loss(
     advantage: Tensor | None,
     totals: Totals | None,
     memory: Memory,
-    rng: Generator | None = None,
+    rng: Draws | None = None,
+    nets: Nets | None = None,
 ) -> tuple[Tensor, Diagnostics]:
     """Sum of the update's terms, each aggregated over valid decisions with the denominators `totals`.
 
-    Gradients flow to `now` alone. What stands outside the valid decisions, be it NaN, reaches neither loss nor gradient.
+    Gradients flow to `now` and to the networks `nets` alone; a critic's target is computed without gradient. A part may
+    return diagnostics (scalars by name) beside its result. What stands outside the valid decisions, be it NaN, reaches neither
+    loss nor gradient.
     """
     slots = method.slots(update)
     batch, now = isolated(batch, now)
@@ -122,11 +129,24 @@ def loss(
     if advantage is not None:
         advantage = advantage.masked_fill(~valid if advantage.dim() == 2 else ~valid[..., None], 0)
     totals = Totals.of(valid, batch.horizon) if totals is None else totals
-    if slots.critic is not None and "critic" in update.terms and "return@old" not in batch.stats:
+    critic = slots.critic if "critic" in update.terms else None
+    if critic is not None and slots.target is None and "return@old" not in batch.stats:
         batch = batch.adding({"return@old": returns(method, update, batch, memory)})
+    told: Diagnostics = {}
+    target: Tensor | None = None
+
+    def asked(slot: str, part: Part) -> Any:
+        found = call(
+            part, batch=batch, now=now, advantage=advantage, memory=memory.of(slots.path(slot)), rng=rng, valid=valid,
+            nets=nets, target=target,
+        )  # fmt: skip
+        if isinstance(found, tuple):
+            found, more = found
+            told.update({k: v.detach() for k, v in more.items()})
+        return found
 
     def run(slot: str, part: Part) -> Tensor:
-        found = call(part, batch=batch, now=now, advantage=advantage, memory=memory.of(slots.path(slot)), rng=rng, valid=valid)
+        found = asked(slot, part)
         kind = slot.partition(".")[0]
         out = checked(kind, part, found, batch, "BT") if kind == "weight" else checked(kind, part, found, batch, "BT", "BTK")
         return out.sum(-1) if out.dim() == 3 else out
@@ -138,7 +158,7 @@ def loss(
         return checked("aggregate", slots.aggregate, found, batch, "")
 
     terms: dict[str, Tensor] = {}
-    if "surrogate" in update.terms:
+    if "surrogate" in update.terms and slots.surrogate is not None:
         per_decision = run("surrogate", slots.surrogate)
         for part in slots.weight:
             per_decision = per_decision * run(f"weight.{part.name}", part).detach()
@@ -146,14 +166,21 @@ def loss(
     if "penalty" in update.terms:
         for part in slots.penalty:
             terms[part.name] = add_up(run(f"penalty.{part.name}", part))
-    if "critic" in update.terms and slots.critic is not None:
-        terms["critic"] = add_up(run("critic", slots.critic))
+    if critic is not None:
+        if slots.target is not None:
+            with torch.no_grad():
+                target = checked("target", slots.target, asked("target", slots.target), batch, "BT", "BTK")
+        terms["critic"] = add_up(run("critic", critic))
+    for slot in ("actor", "multiplier"):
+        part = getattr(slots, slot)
+        if slot in update.terms and part is not None:
+            terms[slot] = add_up(run(slot, part))
     if not terms:
         raise CallError(f"{method.name}: update '{update.name}' has no active term among {update.terms}")
     total = torch.stack(list(terms.values())).sum()
     with torch.no_grad():
         info = {f"loss/{k}": v.detach() for k, v in terms.items()}
-        info |= diagnose(slots, batch, now, advantage, valid, totals)
+        info |= told | diagnose(slots, batch, now, advantage, valid, totals)
     return total, info
 
 

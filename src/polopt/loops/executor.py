@@ -10,6 +10,7 @@ from torch import Tensor
 
 from polopt import objective
 from polopt.batch import Batch, Clock, Totals
+from polopt.draws import Draws
 from polopt.interfaces import Policy, State
 from polopt.loops.compiled import CompiledSteps, can_compile
 from polopt.loops.flat import FlatParameters
@@ -56,7 +57,7 @@ class Problem:
         now = e.policy.evaluate(batch, e.want, NOW)
         if e.old_is_now:  # the only gradient step of this update: its start is now, exactly
             batch = batch.adding({"logp@old": now["logp"].detach()})
-        loss, info = objective.loss(e.method, e.update, batch, now, advantage, self.totals, e.memory, e.rng)
+        loss, info = objective.loss(e.method, e.update, batch, now, advantage, self.totals, e.memory, e.draws)
         return loss, info, batch, now
 
     def backward(self) -> Diagnostics:
@@ -99,7 +100,8 @@ class Executor:
         observe_minibatch: Callable[[Batch], None] | None = None,
     ) -> None:
         self.method, self.update, self.policy, self.flat, self.memory = method, update, policy, flat, memory
-        self.optim, self.shuffle, self.rng, self.observe_minibatch = optim, shuffle, rng, observe_minibatch
+        self.optim, self.shuffle, self.observe_minibatch = optim, shuffle, observe_minibatch
+        self.draws = Draws(rng, policy.device)
         self.slots = method.slots(update)
         self.parameters = flat.parameters(update.trains)
         span = flat.span(update.trains) if getattr(update.rule, "flat", False) else None

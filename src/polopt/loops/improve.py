@@ -173,7 +173,8 @@ class Improve:
 
     def _logp_can_wait(self, executor: Executor, batch: Batch) -> bool:
         late = [p for p in self.method.parts().values() if p.moments & {"scored", "minibatch", "stepped"}]
-        early = [*self.method.reward, executor.slots.advantage, *executor.slots.select, *late]
+        first = [executor.slots.advantage] if executor.slots.advantage is not None else []
+        early = [*self.method.reward, *first, *executor.slots.select, *late]
         units = batch.shape[0] if executor.by_rows else int(batch.mask.sum())
         return executor.single_step(units) and not any("logp@old" in p.needs for p in early)
 

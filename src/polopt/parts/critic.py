@@ -46,8 +46,9 @@ class ValueLoss(Part):
         advantage = method.slots(update).advantage
         if hasattr(advantage, "returns"):
             return None
+        name = advantage.name if advantage is not None else "none"
         return (
-            f"regresses to a return, but advantage '{advantage.name}' estimates none; use an advantage that does (gae, n-step, "
+            f"regresses to a return, but advantage '{name}' estimates none; use an advantage that does (gae, n-step, "
             "returns-to-go) or critic=none"
         )
 

@@ -172,6 +172,7 @@ def surrogate_alone(method: Method, update: Update) -> Method:
     """The method with its surrogate term only, undiscounted, advantages not standardised."""
     slots = method.slots(update)
     fields = {k: v for k, v in (("gamma", 1.0), ("standardise", False)) if hasattr(slots.advantage, k)}
+    assert slots.advantage is not None  # surrogate_check
     advantage = slots.advantage.but(**fields)
     plain = replace(update, terms=("surrogate",), advantage=advantage, critic=None, penalty=(), rule=default_rule())
     return replace(method, updates=(plain,), critic=None, penalty=())
@@ -198,6 +199,7 @@ def _row_check(method: Method) -> tuple[str, float] | None:
     if reward is None:
         return None
     batch = exact.enumerate_answers(world, policy)
+    assert slots.advantage is not None  # surrogate_check
     bootstraps = "value_next@old" in slots.advantage.needs
     what = "surrogate against the policy gradient, all answers of a tree"
     if "value@old" in slots.advantage.needs:

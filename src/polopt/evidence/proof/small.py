@@ -31,7 +31,7 @@ def world(method: Method) -> Small:
     if grouped:
         settings["sampler.group_size"] = GROUP
     main = method.update()
-    if "logp@old" in method.slots(main).surrogate.needs and hasattr(main.rule, "lr"):
+    if (s := method.slots(main).surrogate) is not None and "logp@old" in s.needs and hasattr(main.rule, "lr"):
         # several large steps per batch: ratios must come to where a surrogate bounds them, or its bounds would not be seen
         settings[f"updates.{main.name}.rule.lr"] = RATE
         if main.epochs == 1:
