@@ -204,7 +204,7 @@ class Executor:
 
 
 def quantiles(log_ratio: list[Tensor]) -> Diagnostics:
-    """1, 50 and 99 % quantiles and maximum of the probability ratio now / old."""
+    """1, 50 and 99 % quantiles and maximum of the probability ratio now / old, and its mean distance from 1."""
     if not log_ratio:
         return {}
     x = torch.cat([r.reshape(-1) for r in log_ratio])
@@ -213,4 +213,5 @@ def quantiles(log_ratio: list[Tensor]) -> Diagnostics:
     if x.numel() > 1_000_000:  # torch.quantile sorts everything and refuses more than 16 M elements
         x = x[:: x.numel() // 1_000_000 + 1]
     q = torch.quantile(x.float(), torch.tensor([0.01, 0.5, 0.99, 1.0], device=x.device)).exp()
-    return dict(zip(("ratio_q01", "ratio_q50", "ratio_q99", "ratio_max"), q, strict=True))
+    named = dict(zip(("ratio_q01", "ratio_q50", "ratio_q99", "ratio_max"), q, strict=True))
+    return {**named, "ratio_deviation": x.float().expm1().abs().mean()}
