@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import time
-import traceback
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,20 +12,21 @@ from torch import Tensor
 from polopt import objective
 from polopt.batch import Batch, Clock
 from polopt.errors import CallError, PoloptError
-from polopt.interfaces import Event, Observer, Plan, State, Task
+from polopt.interfaces import Observer, Plan, State, Task
 from polopt.loops.build import make_collector, make_policy
 from polopt.loops.executor import Executor
 from polopt.loops.flat import FlatParameters
-from polopt.loops.measures import Metrics, explained_variance, signal, tidy, to_floats
+from polopt.loops.measures import Metrics, explained_variance, signal, to_floats
 from polopt.loops.plan import Compile, compile_plan
+from polopt.loops.whole import Loop
 from polopt.method import Method, Update
 from polopt.part import Moment, call
-from polopt.run import Budget, Ledger, RunFolder, Streams, commit, environment, finite, peak_rss
+from polopt.run import RunFolder, Streams
 from polopt.settings import Settings
 from polopt.stats import VIEWS, split, with_prerequisites
 
 
-class Improve:
+class Improve(Loop):
     """A run that can be stepped, saved and resumed."""
 
     def __init__(
@@ -44,9 +42,8 @@ class Improve:
         method.refuse_unless(task.offers, task.name)
         if settings.threads:
             torch.set_num_threads(settings.threads)
-        self.method, self.task, self.settings, self.folder, self.observers = method, task, settings, folder, observers
-        self.budget = Budget.parse(settings.budget)
-        self.streams, self.ledger, self.memory = Streams(settings.seed), Ledger(), method.memory()
+        super().__init__(method, task, settings, folder, observers)
+        self.streams, self.memory = Streams(settings.seed), method.memory()
         self.policy = make_policy(task, method, settings)
         self.flat = FlatParameters(self.policy.nets())
         self.collector = make_collector(task, self.policy, method, settings)
@@ -62,13 +59,6 @@ class Improve:
         self._refuse_shared_layers()
         self.compile = compile_plan(method, task, settings, self.executors.values())
         self.store: dict[str, Batch] = {}
-        self.updates = 0
-        self.seconds = 0.0
-        self.scores: dict[str, float] = {}
-        self.stop: str | None = None
-        self._lines: list[str] = []
-        self._is_best = False
-        self._saved_at = (0, time.monotonic())
 
     def _refuse_shared_layers(self) -> None:
         """Raise `CallError` when a rule that bounds its own step shares parameters with another update."""
@@ -209,88 +199,13 @@ class Improve:
             if moment in part.moments:
                 self.memory.write(slot, part.observe(moment, batch=batch, memory=self.memory.of(slot)))
 
-    # ---------------------------------------------------------------- the whole run
-    def fraction(self) -> float:
-        """Share of the budget that is spent."""
-        return self.budget.fraction(self.updates, self.seconds, self.ledger)
-
-    def run(self) -> dict[str, Any]:
-        """Train until the budget is spent or `stop` is set; returns the summary, which also lies in the run folder."""
-        commit()  # before it can change: the summary tells which code ran
-        for o in self.observers:
-            o.start(self.describe())
-        try:
-            if self.updates == 0:
-                self.evaluate()
-                self.save()
-            while self.fraction() < 1 and self.stop is None:
-                before = self.fraction()
-                metrics = self.step()
-                finished = self.fraction() >= 1
-                if finished or self.evaluation_due(before):
-                    metrics |= {f"eval_{k}": v for k, v in self.evaluate().items()}
-                self.record(metrics, finished)
-            status = "done" if self.fraction() >= 1 else "interrupted"
-            if status == "done" and self.scores.get("update") != self.updates:
-                self.evaluate()  # resumed with a budget that was spent already
-            self.save()
-            if self.folder is not None:
-                self.policy.save_pretrained(self.folder.path / "policy")
-        except BaseException as error:
-            self.fail(error)
-            raise
-        finally:
-            self.collector.close()
-        return self.finish(status)
-
-    def evaluation_due(self, before: float) -> bool:
-        """Whether the policy is to be scored after an iteration that began when the share `before` of the budget was spent."""
-        how = self.settings.evaluate
-        if how.points:
-            return int(self.fraction() * how.points + 1e-9) > int(before * how.points + 1e-9)
-        return bool(how.every) and self.updates % how.every == 0
-
-    def record(self, metrics: Metrics, finished: bool) -> None:
-        """Write metrics, tell observers, save when it is time."""
-        if self.folder is not None:
-            self._lines.append(json.dumps(finite({k: tidy(v) for k, v in metrics.items()})))
-        event = Event(
-            self.updates,
-            metrics,
-            self.seconds,
-            min(1.0, self.fraction()),
-            "eval_score" in metrics,
-            self.folder.path if self.folder else None,
-            {"eval_score_initial": self.scores.get("initial")},
-        )
-        for o in self.observers:
-            o.event(event)
-        update, when = self._saved_at
-        every, now = self.settings.checkpoint.every, time.monotonic()
-        if self._is_best or (every and self.updates - update >= every) or now - when >= self.settings.checkpoint.seconds:
-            self.save()
-        elif len(self._lines) >= 256 or now - when >= 1.0:
-            self.flush()
-
-    def flush(self) -> None:
-        """Write buffered metrics lines."""
-        if self.folder is not None and self._lines:
-            self.folder.append_metrics(self._lines)
-            self._lines.clear()
-
-    def evaluate(self) -> dict[str, float]:
-        """Score on held-out seeds or prompts; the best checkpoint is kept."""
+    def measure(self) -> dict[str, float]:
+        """Score on held-out seeds or prompts; parts may remember the outcome."""
         found = self.collector.evaluate(self.settings.evaluate.episodes)
-        score = found["score"]
-        self.scores.setdefault("initial", score)
-        self.scores |= {"last": score, "update": self.updates}
         for slot, part in self.method.parts().items():
             if "evaluated" in part.moments:
                 entries = {k: torch.tensor(v) for k, v in found.items()}
                 self.memory.write(slot, part.observe("evaluated", batch=entries, memory=self.memory.of(slot)))
-        if score > self.scores.get("best", float("-inf")):
-            self.scores["best"] = score
-            self._is_best = True  # `record` saves it, after this update's metrics are written
         return found
 
     # ---------------------------------------------------------------- saving
@@ -332,81 +247,3 @@ class Improve:
         self._saved_at = (self.updates, time.monotonic())
         if not self.flat.tied():
             raise PoloptError("loading replaced parameters instead of filling them; the policy's load() must copy in place")
-
-    def save(self) -> None:
-        """Write a checkpoint, unless the present update already has one."""
-        if self.folder is None:
-            return
-        self.flush()
-        tree = self.state()
-        tree["metrics_bytes"] = self.folder.metrics_path.stat().st_size if self.folder.metrics_path.exists() else 0
-        best = self.scores["best"] if self._is_best else None
-        self.folder.save_checkpoint(self.updates, tree, self.settings.checkpoint.keep, best)
-        self._is_best = False
-        self._saved_at = (self.updates, time.monotonic())
-
-    def resume(self) -> None:
-        """Load the newest checkpoint of the run folder and forget metrics that were written after it.
-
-        A run that was killed before its first checkpoint starts again.
-        """
-        if self.folder is None:
-            raise PoloptError("this run has no folder to resume from")
-        if self.folder.newest() is None:
-            self.folder.cut_metrics(0)
-            return
-        state = self.folder.load_checkpoint("last")
-        self.load(state)
-        self.folder.cut_metrics(state["metrics_bytes"])
-
-    # ---------------------------------------------------------------- reporting
-    def describe(self) -> dict[str, Any]:
-        """What observers are told at the start."""
-        return {
-            "method": self.method.name,
-            "task": self.task.name,
-            "seed": self.settings.seed,
-            "budget": str(self.budget),
-            "updates": self.updates,
-            "fraction": self.fraction(),
-            "parameters": sum(p.numel() for net in self.policy.nets().values() for p in net.parameters()),
-            "eval_score": self.scores.get("last"),
-            "folder": str(self.folder.path) if self.folder else None,
-        }
-
-    def summary(self, status: str) -> dict[str, Any]:
-        """The content of summary.json."""
-        return {
-            "method": self.method.name,
-            "task": self.task.name,
-            "seed": self.settings.seed,
-            "status": status,
-            "updates": self.updates,
-            **self.ledger.spent,
-            "seconds": self.seconds,
-            "eval_score_initial": self.scores.get("initial"),
-            "eval_score": self.scores.get("last"),
-            "eval_score_best": self.scores.get("best"),
-            "exact_resume": self.collector.exact,
-            "peak_rss": peak_rss(),
-            "versions": environment(),
-        }
-
-    def finish(self, status: str) -> dict[str, Any]:
-        """Write summary.json and tell observers."""
-        found = self.summary(status)
-        if self.folder is not None:
-            self.folder.write_json("summary.json", found)
-        for o in self.observers:
-            o.end(found)
-        return found
-
-    def fail(self, error: BaseException) -> None:
-        """Record a failure; the last checkpoint stays as it was. A second failure while doing so is not raised."""
-        try:
-            self.flush()
-            if self.folder is not None:
-                self.folder.write_text("error.txt", "".join(traceback.format_exception(error)))
-            self.finish("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
-        except OSError:  # a full disk must not hide the first error
-            return
