@@ -25,6 +25,7 @@ class CappedWeight(OnRatio):
     """
 
     cap: Annotated[float, Range(gt=0), "largest importance weight"] = 5.0
+    unit_slope: ClassVar[bool] = True
     equation: ClassVar[str] = "l_t = -sg(min(r_t, cap)) A_t log pi(a_t|s_t)"
 
     def __call__(self, batch: Batch, now: Mapping[str, Tensor], advantage: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:

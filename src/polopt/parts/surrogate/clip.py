@@ -38,6 +38,7 @@ class Clip(OnRatio):
     low: Annotated[float, Range(ge=0), "ratios below 1 - low are clipped"] = 0.2
     high: Annotated[float, Range(ge=0), "ratios above 1 + high are clipped"] = 0.2
     dual: Annotated[float | None, Range(gt=1), "for negative advantages, largest useful ratio; none: unbounded"] = None
+    unit_slope: ClassVar[bool] = True
     equation: ClassVar[str] = "l_t = -min(r_t A_t, clip(r_t, 1-low, 1+high) A_t);  dual: A_t < 0 -> -max(min(...), dual A_t)"
 
     def __call__(self, batch: Batch, now: Mapping[str, Tensor], advantage: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
@@ -71,6 +72,7 @@ class SequenceClip(OnRatio):
 
     low: Annotated[float, Range(ge=0), "sequence ratios below 1 - low are clipped"] = 3e-4
     high: Annotated[float, Range(ge=0), "sequence ratios above 1 + high are clipped"] = 4e-4
+    unit_slope: ClassVar[bool] = True
     equation: ClassVar[str] = "s_i = exp((1/|o_i|) sum_t log r_{i,t});  l_{i,t} = -min(s_i A_i, clip(s_i, 1-low, 1+high) A_i)"
     rows: ClassVar[bool] = True
 

@@ -23,6 +23,7 @@ class ScoreFunction(Part):
     Its gradient is the policy gradient at the parameters that drew the decisions; further epochs are not corrected for.
     """
 
+    unit_slope: ClassVar[bool] = True
     equation: ClassVar[str] = "l_t = -A_t log pi(a_t|s_t)"
 
     @property
@@ -49,6 +50,7 @@ class Ratio(OnRatio):
     Its value bounds nothing by itself; a rule (natural gradient) or a penalty keeps the policy close.
     """
 
+    unit_slope: ClassVar[bool] = True
     equation: ClassVar[str] = "l_t = -r_t A_t,  r_t = pi(a_t|s_t)/pi_old(a_t|s_t)"
 
     def __call__(self, batch: Batch, now: Mapping[str, Tensor], advantage: Float[Tensor, "B T"]) -> Float[Tensor, "B T"]:
