@@ -1,8 +1,8 @@
 """States of environments as plain numbers and arrays, so that a resumed run continues bit for bit.
 
-A table by family says where an environment keeps what changes: classic control, toy text, MuJoCo. An environment of your
-own joins by two methods, `save_state() -> dict` of numbers, strings, arrays and lists, and `load_state(dict)`; they need not
-cover `np_random`. Any other environment, and any wrapper that is not listed, cannot be saved.
+A table by family says where an environment keeps what changes: classic control, toy text, MuJoCo. An environment or
+vector environment of your own joins by two methods, `save_state() -> dict` of numbers, strings, arrays and lists, and
+`load_state(dict)`; they need not cover `np_random`. Any other environment, and any wrapper that is not listed, cannot be saved.
 """
 
 from __future__ import annotations
@@ -75,6 +75,8 @@ def load(env: Any, state: State) -> None:
 
 def save_vector(venv: Any) -> State | None:
     """The state of a native vector environment; None when it cannot be saved."""
+    if hasattr(venv, "save_state") and hasattr(venv, "load_state"):
+        return {"own": venv.save_state(), "random": _random(venv)}
     name = type(venv).__name__
     if name not in VECTORS or not type(venv).__module__.startswith("gymnasium."):
         return None
@@ -83,6 +85,10 @@ def save_vector(venv: Any) -> State | None:
 
 def load_vector(venv: Any, state: State) -> None:
     """Restore what `save_vector` returned."""
+    if "own" in state:
+        venv.load_state(state["own"])
+        _set_random(venv, state["random"])
+        return
     for name, value in state["plain"].items():
         setattr(venv, name, _unpack(value))
     _set_random(venv, state["random"])

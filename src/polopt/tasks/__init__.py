@@ -1,4 +1,4 @@
-"""Tasks by name: `gym:<id>`, `text:<name>`, `data:<path or id>`, `table:<name>`, those of packages, and a user's `file.py:NAME`."""
+"""Tasks by name: `gym:<id>`, `text:<name>`, `data:<path or id>`, `table:`, `point:` and `bandit:<name>`, `file.py:NAME`."""
 
 from __future__ import annotations
 
@@ -12,12 +12,18 @@ from polopt.errors import CallError, nearest
 if TYPE_CHECKING:
     from polopt.interfaces import Task
 
-#: prefix -> (module, class, what follows the prefix); the module is imported when the task is made
+#: prefix -> (module, class or function, what follows the prefix); the module is imported when the task is made
 FAMILIES = {
     "gym": ("polopt.tasks.gym", "GymTask", "any Gymnasium environment, e.g. gym:CartPole-v1"),
-    "text": ("polopt.tasks.text", "TextTask", "any reasoning-gym task, e.g. text:spell_backward"),
+    "text": ("polopt.tasks.mini", "text_task", "any reasoning-gym task, e.g. text:spell_backward"),
     "data": ("polopt.tasks.data", "DataTask", "a JSONL or Parquet file or data set id with prompts, e.g. data:questions.jsonl"),
     "table": ("polopt.tasks.table", "TableTask", "an exact little world: arms, tree, bank, lengths or style, e.g. table:tree"),
+    "point": ("polopt.tasks.point", "PointTask", "point robots: open, two, hidden, ring, routes, bends or team, e.g. point:two"),
+    "bandit": (
+        "polopt.tasks.bandit",
+        "BanditTask",
+        "one state, known rewards: wave, two, ring, quadratic or arms, e.g. bandit:two",
+    ),
 }
 
 
