@@ -10,6 +10,7 @@ from torch import Tensor
 
 from polopt.batch import Batch
 from polopt.errors import CallError
+from polopt.pooling import not_half
 
 #: Log-ratios are clamped to this magnitude before `exp`: e^20 is far outside every trust region and finite in float32.
 MAX_LOG_RATIO = 20.0
@@ -28,7 +29,7 @@ def keep(valid: Bool[Tensor, "B T"], x: Float[Tensor, "B T"]) -> Float[Tensor, "
 
 
 def log_ratio(batch: Batch, now: Mapping[str, Tensor], view: str = "old") -> Float[Tensor, "B T"]:
-    """log pi_now - log pi_view of the taken decisions, clamped to +-20, 0 outside the mask."""
+    """log pi_now - log pi_view of the taken decisions, clamped to +-20, 0 outside the mask; half precision becomes float32."""
     logp, other = now["logp"], batch.stat(f"logp@{view}")
     assert_decisions(batch, **{"logp@now": logp, f"logp@{view}": other})
-    return keep(batch.mask, logp - other).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return keep(batch.mask, not_half(logp) - not_half(other)).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
