@@ -70,6 +70,7 @@ class TableCollector:
     seed: int = 0
     want: int = 4
     exact: bool = True
+    size: int = 4
     requests: list[Sequence[Request]] = field(default_factory=list)
 
     def __post_init__(self) -> None:

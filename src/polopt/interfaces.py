@@ -35,11 +35,25 @@ class Request:
 
 @dataclass(frozen=True)
 class Plan:
-    """What the loop asks of a sampler in one iteration: `draw(n)` takes the next n items of the task's shuffled stream."""
+    """What the loop asks of a sampler in one iteration: `draw(n)` takes the next n items of the task's shuffled stream.
+
+    size: how many items the task has (0: it has none that could be counted). allocate: the method's allocator, see `allot`.
+    """
 
     want: int
     draw: Callable[[int], list[int | None]]
     clock: Clock = field(default_factory=Clock)
+    size: int = 0
+    allocate: Callable[[int, int], list[tuple[int | None, int]]] | None = None
+
+    def allot(self, prompts: int, each: int) -> list[tuple[int | None, int]]:
+        """Which items to sample, and how many times each: `prompts` x `each` samples in all.
+
+        Without an allocator: the next `prompts` items of the stream, `each` times. With one: as it decides.
+        """
+        if self.allocate is None:
+            return [(i, each) for i in self.draw(prompts)]
+        return self.allocate(prompts, each)
 
 
 #: What a sampler returns when called: a generator that yields requests, is sent scored batches, and returns named batches.
@@ -129,6 +143,11 @@ class Collector(Protocol):
     @property
     def want(self) -> int:
         """Items per iteration: prompts, start seeds, or running environments."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """How many items the task has; 0 where there are none that could be counted (environments, start seeds)."""
         ...
 
     def draw(self, n: int) -> list[int | None]:

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from polopt.part import Part
 
 
 class Memory:
-    """Named tensors per slot (`"advantage"`, `"penalty.kl"`); parts read them, only `observe` replaces them."""
+    """Named tensors per slot (`"advantage"`, `"penalty.kl"`); parts read them, only `observe` replaces them.
 
-    def __init__(self, slots: Mapping[str, Part] | None = None) -> None:
-        self.slots: dict[str, dict[str, Tensor]] = {k: dict(p.initial()) for k, p in (slots or {}).items()}
+    items: how many the task has; columns of a part's `table` have one entry for each, at the item's own number.
+    """
+
+    def __init__(self, slots: Mapping[str, Part] | None = None, items: int = 0) -> None:
+        self.slots: dict[str, dict[str, Tensor]] = {
+            slot: dict(part.initial()) | {k: torch.full((items,), v, dtype=torch.float64) for k, v in part.table.items()}
+            for slot, part in (slots or {}).items()
+        }
 
     def of(self, slot: str) -> Mapping[str, Tensor]:
         """What the part in `slot` remembers (empty when nothing)."""

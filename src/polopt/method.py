@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 UPDATE_SLOTS = ("advantage", "select", "weight", "surrogate", "penalty", "target", "critic", "actor", "multiplier", "aggregate")
 #: Slots that hold several parts.
 PLURAL = ("reward", "select", "weight", "penalty")
-SLOTS = ("sampler", "decoder", "explore", "source", "reward", *UPDATE_SLOTS)
+SLOTS = ("allocator", "sampler", "decoder", "explore", "source", "reward", *UPDATE_SLOTS)
 #: Slots that may be empty.
-OPTIONAL = ("decoder", "explore", "advantage", "surrogate", "target", "critic", "actor", "multiplier")
+OPTIONAL = ("allocator", "decoder", "explore", "advantage", "surrogate", "target", "critic", "actor", "multiplier")
 #: Losses that an update adds up: slots that hold them.
 TERMS = ("surrogate", "penalty", "critic", "actor", "multiplier")
 #: What describes a method without acting in it; a child does not inherit it.
@@ -137,6 +137,7 @@ class Method:
     aggregate: Part
     advantage: Part | None = None
     surrogate: Part | None = None
+    allocator: Part | None = None  # which items are sampled, and how often; none: those of the shuffled stream, equally often
     decoder: Part | None = None
     explore: Part | None = None  # how actions differ from the policy's own while experience is collected
     source: Part = field(default_factory=lambda: default_source())
@@ -248,7 +249,7 @@ class Method:
 
     def requires(self) -> frozenset[Can]:
         """Capabilities that policy and task must offer."""
-        return union(p.requires for p in self.parts().values())
+        return union(_requires(p) for p in self.parts().values())
 
     def nets(self) -> frozenset[str]:
         """Networks beyond the policy that its parts ask for ("value")."""
@@ -283,6 +284,7 @@ class Method:
             if "surrogate" in u.terms and slots.surrogate is not None and slots.advantage is None:
                 raise CallError(f"{self.name}: update '{u.name}' has a surrogate but no advantage to weigh it with")
             before: list[tuple[str, Part | None]] = [
+                ("allocator", self.allocator),
                 ("sampler", self.sampler),
                 ("explore", self.explore),
                 ("source", self.source),
@@ -298,25 +300,29 @@ class Method:
         """Raise `Misfit` with the reason when a part requires what `what` (a task with its policy) does not offer."""
         missing = self.requires() - frozenset(offers)
         for path, part in self.parts().items():
-            if lacking := sorted(part.requires & missing):
+            if lacking := sorted(_requires(part) & missing):
                 need = " and ".join(REASONS.get(c, c.value) for c in lacking)
                 raise Misfit(
                     f"{self.name} cannot run on {what}: its {path} '{part.name}' needs {need}, which {what} does not offer"
                 )
 
     # ---------------------------------------------------------------- computing
-    def memory(self) -> Memory:
-        """Fresh memory for the parts of this method."""
-        return Memory(self.parts())
+    def memory(self, items: int = 0) -> Memory:
+        """Fresh memory for the parts of this method; items: how many the task has, where parts keep a table of them."""
+        return Memory(self.parts(), items)
+
+    def _memory_for(self, batch: Batch) -> Memory:
+        """Fresh memory, with tables of as many items as the batch knows of."""
+        return self.memory(batch.units.get("item", 0))
 
     def advantages(self, batch: Batch, memory: Memory | None = None, *, update: str | None = None) -> Tensor:
         """Advantages [B,T] of a whole batch (full groups), detached; 0 outside the mask."""
-        return objective.advantages(self, self.update(update), batch, memory or self.memory())
+        return objective.advantages(self, self.update(update), batch, memory or self._memory_for(batch))
 
     def totals(self, batch: Batch, memory: Memory | None = None, *, update: str | None = None) -> Totals:
         """Denominators of the update batch `batch`, to pass to `loss` of its micro-batches."""
         slots = self.slots(self.update(update))
-        return Totals.of(objective.valid_decisions(slots, batch, None, memory or self.memory()), batch.horizon)
+        return Totals.of(objective.valid_decisions(slots, batch, None, memory or self._memory_for(batch)), batch.horizon)
 
     def loss(
         self,
@@ -337,7 +343,7 @@ class Method:
         are not finite and on arguments of the wrong form.
         """
         u = self.update(update)
-        memory = memory or self.memory()
+        memory = memory or self._memory_for(batch)
         objective.refuse_bad_rewards(batch)
         given = None if advantage is None else _advantage(advantage, batch)
         if given is None and "surrogate" in u.terms and self.slots(u).surrogate is not None:
@@ -349,6 +355,11 @@ class Method:
         now = {k.removesuffix("@now"): v for k, v in batch.stats.items() if k.endswith("@now")}
         rng = rng if isinstance(rng, Draws) else Draws(rng, batch.mask.device)
         return objective.loss(self, u, batch, now, given, totals, memory, rng, nets)
+
+
+def _requires(part: Part) -> frozenset[Can]:
+    """What a part requires; a table of items needs a task that has items."""
+    return part.requires | ({Can.ITEMS} if part.table else frozenset())
 
 
 def _advantage(given: Any, batch: Batch) -> Tensor:

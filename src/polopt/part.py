@@ -14,11 +14,12 @@ from torch import Tensor
 
 from polopt.errors import CallError, unknown
 
-Moment = Literal["drawn", "scored", "minibatch", "stepped", "evaluated"]
+Moment = Literal["answered", "drawn", "scored", "minibatch", "stepped", "evaluated"]
 
 #: The slots of a method, in the order in which they act.
 KINDS = (
-    "sampler", "decoder", "explore", "source", "reward", "advantage", "select", "weight", "surrogate", "penalty", "target",
+    "allocator", "sampler", "decoder", "explore", "source", "reward", "advantage", "select", "weight", "surrogate", "penalty",
+    "target",
     "critic", "actor", "multiplier", "aggregate", "rule", "after",
 )  # fmt: skip
 
@@ -39,6 +40,7 @@ class Can(StrEnum):
     EPISODES = "episodes"  # the collector can return whole episodes as rows
     REFILL = "refill"  # the collector answers requests one after the other inside one iteration
 
+    ITEMS = "items"  # the task has a known number of items, each with a number of its own
 
 REASONS = {
     Can.SCORE: "log-probabilities of given actions",
@@ -49,6 +51,7 @@ REASONS = {
     Can.REFILL: "a task that answers further requests inside one iteration (text)",
     Can.EPISODES: "whole episodes",
     Can.VALUE: "a value function",
+    Can.ITEMS: "a table of prompts (a task with a known number of items)",
 }
 
 
@@ -161,6 +164,11 @@ class Part:
         return {}
 
     def __post_init__(self) -> None:
+    @property
+    def table(self) -> Mapping[str, float]:
+        """Columns kept for every item of the task, by name, with their values at the start: memory entries [items], float64."""
+        return {}
+
         check_fields(self, self.kind or type(self).__name__)
 
     def but(self, **changes: Any) -> Self:

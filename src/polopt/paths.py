@@ -20,7 +20,7 @@ from polopt.settings import Settings
 T = TypeVar("T")
 
 #: Slots that may be empty although they hold one part.
-OPTIONAL = ("decoder", "critic")
+OPTIONAL = ("allocator", "decoder", "explore", "target", "critic", "actor", "multiplier")
 #: Settings of an update that are no slots: what a bare name such as `epochs` may mean.
 UPDATE_FIELDS = tuple(f.name for f in fields(Update) if f.name not in (*UPDATE_SLOTS, "name", "rule"))
 SECTIONS = tuple(f.name for f in fields(Settings))
@@ -348,7 +348,7 @@ def replace_at(owner: T, path: Sequence[str], value: Any) -> T:
     if new is not None and head in KINDS and isinstance(owner, Method | Update):
         from polopt.method import _fit
 
-        new = new if head == "rule" else _fit(head, new)
+        new = new if head in ("rule", "after") else _fit(head, new)
     return typing.cast(T, dataclasses.replace(typing.cast(Any, owner), **{head: new}))
 
 

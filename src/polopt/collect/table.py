@@ -45,6 +45,11 @@ class TableCollector:
         self._scores = {k: v.to(policy.device) for k, v in self.world.scores.items()}
 
     # ---------------------------------------------------------------- which prompts
+    @property
+    def size(self) -> int:
+        """How many items the task trains on."""
+        return self.items.size
+
     def draw(self, n: int) -> list[int | None]:
         """The next `n` prompts; each epoch is a new permutation of all of them."""
         return self.items.draw(n)

@@ -48,6 +48,11 @@ class TextCollector:
         self._spent = {"decisions": 0, "tokens": 0, "completions": 0}
 
     # ---------------------------------------------------------------- which items
+    @property
+    def size(self) -> int:
+        """How many items the task trains on."""
+        return self.items.size
+
     def draw(self, n: int) -> list[int | None]:
         """The next `n` items; each epoch is a new permutation of all of them."""
         return self.items.draw(n)

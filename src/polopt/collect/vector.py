@@ -75,6 +75,8 @@ class VectorCollector:
         return self.settings.collect.episodes if self.whole else self.settings.collect.envs
 
     def draw(self, n: int) -> list[int | None]:
+    size = 0  # environments and start seeds are not counted
+
         """n fresh start seeds, or with fragments n times "any running environment"."""
         if not self.whole:
             return [None] * n

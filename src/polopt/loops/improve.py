@@ -13,6 +13,7 @@ from polopt import objective
 from polopt.batch import Batch, Clock
 from polopt.errors import CallError, PoloptError
 from polopt.interfaces import Observer, Plan, State, Task
+from polopt.loops.allot import Allotment
 from polopt.loops.build import make_collector, make_policy
 from polopt.loops.executor import Executor
 from polopt.loops.flat import FlatParameters
@@ -43,10 +44,11 @@ class Improve(Loop):
         if settings.threads:
             torch.set_num_threads(settings.threads)
         super().__init__(method, task, settings, folder, observers)
-        self.streams, self.memory = Streams(settings.seed), method.memory()
+        self.streams = Streams(settings.seed)
         self.policy = make_policy(task, method, settings)
         self.flat = FlatParameters(self.policy.nets())
         self.collector = make_collector(task, self.policy, method, settings)
+        self.memory = method.memory(self.collector.size)
         minibatch = any("minibatch" in p.moments for p in method.parts().values())
         self.executors = {
             u.name: Executor(
@@ -111,7 +113,10 @@ class Improve(Loop):
 
     def collect(self, clock: Clock) -> dict[str, Batch]:
         """Drive the sampler: answer its requests until it returns named batches."""
-        plan = Plan(self.collector.want, self.collector.draw, clock)
+        plan, allotment = Plan(self.collector.want, self.collector.draw, clock, self.collector.size), None
+        if self.method.allocator is not None:
+            allotment = Allotment(self.method.allocator, plan, self.memory.of("allocator"), self.streams.numpy("allocator"))
+            plan = replace(plan, allocate=allotment)
         sampling = call(self.method.sampler, plan=plan, memory=self.memory.of("sampler"))
         answer: Batch | None = None
         while True:
@@ -121,6 +126,10 @@ class Improve(Loop):
                 batches: dict[str, Batch] = stop.value
                 break
             answer = self.collector.answer(requests, clock=clock)
+            self.observe("answered", answer)
+        if allotment is not None and not allotment.asked:
+            sampler, allocator = self.method.sampler.name, allotment.part.name
+            raise CallError(f"sampler '{sampler}' never asked plan.allot, so that allocator '{allocator}' decides nothing")
         batches = {k: replace(b, clock=clock) for k, b in self.method.source(batches, self.store).items()}
         for batch in batches.values():
             self.observe("drawn", batch)

@@ -14,7 +14,7 @@ from polopt.tasks.table_world import World
 from polopt.tasks.table_worlds import WORLDS, options_of
 
 TABLE_OFFERS = frozenset({
-    Can.SCORE, Can.ENUMERATE, Can.KL, Can.VALUE, Can.REFERENCE, Can.GROUPS, Can.EPISODES, Can.REFILL,
+    Can.SCORE, Can.ENUMERATE, Can.KL, Can.VALUE, Can.REFERENCE, Can.GROUPS, Can.EPISODES, Can.REFILL, Can.ITEMS,
 })  # fmt: skip
 
 

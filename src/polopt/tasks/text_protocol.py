@@ -17,7 +17,9 @@ Prompt = str | Sequence[Message]
 Split = Literal["train", "eval"]
 
 #: What language models and tasks of text offer to the parts of a method.
-TEXT_OFFERS = frozenset({Can.SCORE, Can.ENUMERATE, Can.IMITATE, Can.VALUE, Can.REFERENCE, Can.GROUPS, Can.EPISODES, Can.REFILL})
+TEXT_OFFERS = frozenset({
+    Can.SCORE, Can.ENUMERATE, Can.IMITATE, Can.VALUE, Can.REFERENCE, Can.GROUPS, Can.EPISODES, Can.REFILL, Can.ITEMS,
+})  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ class DynamicSampling(Part):
         kept: list[Batch] = []
         missing = plan.want
         for _ in range(self.max_rounds):
-            batch = yield [Request(item=i, count=self.group_size) for i in plan.draw(missing)]
+            batch = yield [Request(item=i, count=n) for i, n in plan.allot(missing, self.group_size)]
             found, rows = self._keep(batch)
             if found:
                 kept.append(batch.rows(rows))

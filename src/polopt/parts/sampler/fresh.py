@@ -12,7 +12,7 @@ from polopt.part import Can, Part, Range, register_part
 @register_part("sampler", "fresh")
 @dataclass(frozen=True)
 class Fresh(Part):
-    """One round: the next `want` items of the stream, `group_size` samples of each."""
+    """One round: the next `want` items of the stream, `group_size` samples of each (an allocator may choose others)."""
 
     group_size: Annotated[int, Range(ge=1), "samples per starting point (prompt, start seed)"] = 1
     equation: ClassVar[str] = "o_1..o_G ~ pi_old(.|q),  q ~ D"
@@ -25,5 +25,5 @@ class Fresh(Part):
 
     def __call__(self, plan: Plan) -> Sampling:
         """Request once, return the batch."""
-        batch = yield [Request(item=i, count=self.group_size) for i in plan.draw(plan.want)]
+        batch = yield [Request(item=i, count=n) for i, n in plan.allot(plan.want, self.group_size)]
         return {"policy": batch}
