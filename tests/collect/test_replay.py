@@ -16,7 +16,7 @@ from polopt.errors import CallError, PoloptError
 from polopt.parts.replay import Ring
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=60)
 @given(
     envs=st.integers(1, 4),
     slots=st.integers(1, 9),

@@ -373,7 +373,7 @@ def _size(n: int) -> str:
     for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
         if n >= scale:
             return f"{n / scale:,.{1 if unit != 'MB' else 0}f} {unit}"
-    return f"{n / 1e3:,.1f} kB"
+    return f"{n / 1e3:,.1f} kB" if n >= 1e3 else f"{n} bytes"
 
 
 __all__ = ["Replay"]

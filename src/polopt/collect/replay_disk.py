@@ -2,7 +2,7 @@
 
 A checkpoint of a ring on disk holds its write position only. Rows that are overwritten afterwards go to a journal first,
 so that resuming from the checkpoint finds them again: `undo-<written>.bin` holds, record by record, which rows were
-overwritten since the checkpoint made after `written` decisions, and what was in them.
+overwritten since the checkpoint made after `written` decisions, and what was in them then. A journal is never longer than the ring.
 
 What a killed process wrote is in the operating system's cache and safe. A power cut may lose the newest part of the journal;
 both files are flushed at every checkpoint.
@@ -32,7 +32,7 @@ class DiskRows:
         self.path = folder / "ring.f32"
         self._journal: BinaryIO | None = None
         self._since = -1  # decisions written when the open journal began; -1: none is open
-        self._saved = 0  # rows in the open journal
+        self._saved = np.zeros(0, dtype=bool)  # rows that are in the open journal
         self._fresh = True  # nothing was loaded: journals found here are another run's
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -53,20 +53,20 @@ class DiskRows:
     # ---------------------------------------------------------------- keeping what is overwritten
     def before(self, index: Tensor) -> None:
         """Keep the rows `index` [M], which are valid and about to be overwritten."""
-        if self._fresh:
-            self._remove(-1)
-            self._fresh = False
-        if self._journal is None or self._saved >= self.data.shape[0] or not index.numel():
-            return  # each row's first version is the one that counts
-        self._journal.write(np.int64(index.numel()).tobytes())
-        self._journal.write(index.numpy().tobytes())
-        self._journal.write(self.data.index_select(0, index).numpy().tobytes())
+        self._begin()
+        if self._journal is None:
+            return
+        rows = index.numpy()
+        rows = rows[~self._saved[rows]]  # each row's first version is the one that counts
+        if not rows.size:
+            return
+        self._saved[rows] = True
+        self._journal.write(np.int64(rows.size).tobytes() + rows.tobytes() + self.data.numpy()[rows].tobytes())
         self._journal.flush()
-        self._saved += index.numel()
 
     def mark(self, written: int) -> None:
         """A checkpoint is made now, after `written` decisions: flush, and journal what is overwritten from here on."""
-        self._fresh = False
+        self._begin()
         if written == self._since:
             return
         with self.path.open("rb") as f:
@@ -86,7 +86,7 @@ class DiskRows:
             )
         self._close()
         for key in sorted((k for k in found if k >= written), reverse=True):
-            for index, rows in reversed(self._records(found[key])):
+            for index, rows in self._records(found[key]):
                 self.data[index] = rows
         self._remove(written - 1)
         self._open(written)
@@ -110,10 +110,15 @@ class DiskRows:
     def _journals(self) -> list[Path]:
         return sorted(self.folder.glob("undo-*.bin"))
 
+    def _begin(self) -> None:
+        if self._fresh:
+            self._remove(-1)
+        self._fresh = False
+
     def _open(self, written: int) -> None:
         self._close()
         self._journal = (self.folder / f"undo-{written:015d}.bin").open("wb")
-        self._since, self._saved = written, 0
+        self._since, self._saved = written, np.zeros(self.data.shape[0], dtype=bool)
 
     def _close(self) -> None:
         if self._journal is not None:
