@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -132,6 +132,15 @@ class Policy(Protocol):
 
     def predict(self, inputs: Any, *, greedy: bool = True) -> Any:
         """Actions for observations, or completions for prompts."""
+        ...
+
+
+@runtime_checkable
+class Recorder(Protocol):
+    """A policy whose statistics also depend on numbers drawn with each decision and kept (a flow's pairs of noise and time)."""
+
+    def record(self, batch: Batch, rng: torch.Generator) -> dict[str, Tensor]:
+        """These numbers, as statistics `name@behaviour` [B,T,...]."""
         ...
 
 

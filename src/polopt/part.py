@@ -155,6 +155,11 @@ class Part:
         """Nets of which the part reads the slow copy ("critic", "policy"); what moves a copy is an update's `after`."""
         return frozenset()
 
+    @property
+    def records(self) -> Mapping[str, Mapping[str, Any]]:
+        """What the policy is to draw and store with every decision, by the statistic that reads it: {"cfm": {"samples": 8}}."""
+        return {}
+
     def initial(self) -> dict[str, Tensor]:
         """Memory at the start of training (empty for parts that remember nothing)."""
         return {}

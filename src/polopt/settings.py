@@ -43,10 +43,12 @@ class PolicySettings(_Section):
     activation: Annotated[Literal["tanh", "relu", "elu", "silu"], "between hidden layers (control)"] = "tanh"
     shared: Annotated[bool, "policy and value share hidden layers (control)"] = False
     distribution: Annotated[
-        Literal["auto", "categorical", "gaussian", "squashed"],
-        "of actions; auto follows the action space (control)",
+        Literal["auto", "categorical", "gaussian", "squashed", "flow"],
+        "of actions; auto follows the action space and the method (control)",
     ] = "auto"
     log_std: Annotated[float, "initial log standard deviation (control, continuous)"] = 0.0
+    flow_steps: Annotated[int, Range(ge=1), "steps from noise to an action (control, flow)"] = 10
+    flow_noise: Annotated[float, Range(ge=0), "deviation of noise added to finished actions (control, flow)"] = 0.0
     normalize_obs: Annotated[bool, "standardise observations by running statistics, saved with the policy (control)"] = False
     normalize_reward: Annotated[bool, "divide rewards by the running deviation of the discounted return (control)"] = False
     model: Annotated[str, "path or id of a causal language model; tiny is the shipped one (text)"] = "tiny"

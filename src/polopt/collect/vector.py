@@ -16,7 +16,7 @@ from polopt.collect.envs import Envs, InProcess, Vector
 from polopt.collect.episodes import run_episodes
 from polopt.collect.rewards import DiscountedReturns, EpisodeCounter
 from polopt.errors import CallError, PoloptError
-from polopt.interfaces import Request, State
+from polopt.interfaces import Recorder, Request, State
 from polopt.part import Can
 from polopt.policies.mlp import MLPPolicy
 from polopt.run import Streams
@@ -35,8 +35,8 @@ class VectorCollector:
     decisions. Whole episodes: a row is one episode from a start seed (`Request.item`), padded on the right.
 
     Acting draws all noise of a rollout beforehand and computes only the actor, in NumPy. What is needed besides
-    (`logp@behaviour`, and the statistics `also`, recorded at the view "old") is computed in one pass over the whole rollout,
-    with the same weights and observation statistics, so these are the numbers of the distributions acted from.
+    (what the policy says it `recorded`, such as `logp@behaviour`, and the statistics `also`, at the view "old") is computed in
+    one pass over the whole rollout, with the same weights and observation statistics, so these are the numbers acted from.
     """
 
     def __init__(
@@ -97,9 +97,12 @@ class VectorCollector:
         if self.whole:
             batch = batch.with_key("item", torch.tensor([r.item for r in requests])[group])
         batch = batch.to(self.policy.device)
-        found = self.policy.evaluate(batch, frozenset({"logp"}) | self.also, OLD)
+        if isinstance(self.policy, Recorder):
+            batch = batch.adding(self.policy.record(batch, self.streams.torch("record")))
+        found = self.policy.evaluate(batch, self.policy.recorded | self.also, OLD)
         # the policy acted with the parameters that the update starts from: both views are this one pass
-        return batch.adding({"logp@behaviour": found["logp"], **{f"{k}@old": v for k, v in found.items()}})
+        drawn = {"logp@behaviour": found["logp"]} if "logp" in found else {}
+        return batch.adding({**drawn, **{f"{k}@old": v for k, v in found.items()}})
 
     def evaluate(self, episodes: int) -> dict[str, float]:
         """Mean return ("score"), its deviation over episodes, and mean length, from the same held-out seeds each time."""
@@ -315,7 +318,7 @@ def iteration_size(method: Any, settings: Settings) -> tuple[int, int | None]:
 def build(task: Any, policy: MLPPolicy, settings: Settings, method: Any, seed: int) -> VectorCollector:
     """The collector for a control task: whole episodes where a part of `method` requires them or groups."""
     whole = bool(method.requires() & {Can.EPISODES, Can.GROUPS})
-    names = {n.removesuffix("@old") for n in method.needs() if n.endswith("@old")}
-    also = frozenset({"entropy", *(names & {"value", "value_next", "dist"})})
+    names = frozenset(n.removesuffix("@old") for n in method.needs() if n.endswith("@old"))
+    also = names & {"value", "value_next", "dist"}
     gamma = float(getattr(method.advantage, "gamma", 0.99))
     return VectorCollector(task, policy, settings, whole, seed, gamma=gamma, also=also)

@@ -164,7 +164,7 @@ class Improve(Loop):
             if view == "old" and lazily and self._logp_can_wait(lazily, batch):
                 missing -= {"logp"}
             if view == "old" and not self.policy.rowwise and missing:
-                missing |= {"entropy"}
+                missing |= frozenset({"entropy"}) & getattr(self.policy, "recorded", frozenset({"entropy"}))
             if missing:
                 found = self._evaluate(batch, missing, view)
                 batch = batch.adding({f"{n}@{view}": v for n, v in found.items()})

@@ -67,6 +67,7 @@ class MLPPolicy(nn.Module):
     """
 
     rowwise = False
+    recorded = frozenset({"logp", "entropy"})  # statistics that are kept of every decision as it was drawn
 
     def __init__(
         self, observation: Observation, action: Action, settings: PolicySettings, nets: Iterable[str] = (), seed: int = 0

@@ -23,7 +23,7 @@ class GymTask:
     """
 
     domain = "control"
-    offers = frozenset({Can.SCORE, Can.KL, Can.VALUE, Can.REFERENCE, Can.EPISODES, Can.GROUPS})
+    offers = frozenset({Can.SCORE, Can.KL, Can.VALUE, Can.REFERENCE, Can.FLOW, Can.EPISODES, Can.GROUPS})
 
     def __init__(self, name: str, options: Mapping[str, Any] | None = None) -> None:
         self.name = name
