@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import math
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -32,6 +35,9 @@ VIEWS = {"now": NOW, "old": OLD, "ref": REF}
 
 #: Statistics that any policy with logits can compute; a paper may register further ones in its own file.
 STATS: dict[str, StatFn] = {}
+#: Statistics with numbers: `proxy_logp(0.02)` asks for that of `FAMILIES["proxy_logp"](0.02)`.
+FAMILIES: dict[str, Callable[..., StatFn]] = {}
+_CALL = re.compile(r"(\w+)\(([^()]*)\)")
 
 
 def stat(name: str) -> Callable[[StatFn], StatFn]:
@@ -42,6 +48,33 @@ def stat(name: str) -> Callable[[StatFn], StatFn]:
         return fn
 
     return add
+
+
+def stat_family(name: str) -> Callable[[Callable[..., StatFn]], Callable[..., StatFn]]:
+    """Register a family of statistics: `name(0.02)` is what the decorated function returns for 0.02."""
+
+    def add(fn: Callable[..., StatFn]) -> Callable[..., StatFn]:
+        FAMILIES[name] = functools.cache(fn)
+        return fn
+
+    return add
+
+
+def find_stat(name: str) -> StatFn | None:
+    """The statistic of logits called `name`, or None; those of families are named like a call with numbers."""
+    found = _CALL.fullmatch(name)
+    if found is None or found[1] not in FAMILIES:
+        return STATS.get(name)
+    try:
+        numbers = [float(x) for x in found[2].split(",")]
+    except ValueError:
+        return None
+    return FAMILIES[found[1]](*numbers)
+
+
+def stat_names() -> list[str]:
+    """All statistics of logits by name; families with a place for their numbers."""
+    return [*STATS, *(f"{name}(...)" for name in FAMILIES)]
 
 
 @stat("logp")
@@ -55,6 +88,66 @@ def entropy(logits: Float[Tensor, "N V"], action: Int[Tensor, " N"]) -> Float[Te
     """Entropy of the distribution, in nats; logits of -inf count as impossible actions."""
     logq = logits.log_softmax(-1)
     return -(logq.exp() * torch.where(logq.isinf(), torch.zeros_like(logq), logq)).sum(-1)
+
+
+@stat("peak")
+def peak(logits: Float[Tensor, "N V"], action: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
+    """Log-probability of the most likely action."""
+    return logits.amax(-1) - logits.logsumexp(-1)
+
+
+@stat_family("logp_at")
+def logp_at(temperature: float) -> StatFn:
+    """Log-probability of the action under the distribution at another temperature, softmax(logits / temperature)."""
+    return lambda logits, action: logp(logits / temperature, action)
+
+
+#: Log-probability that stands for "this action was filtered out": far below any other, and finite.
+FILTERED = -1e4
+
+
+def filtered(logits: Float[Tensor, "N V"], share: float) -> Float[Tensor, "N V"]:
+    """Log-probabilities of the distribution that keeps actions of at least `share` of the largest probability (min-p).
+
+    What is kept is renormalised, the rest is at -inf (arXiv 2407.01082). The largest is always kept.
+    """
+    bound = logits.amax(-1, keepdim=True) + (math.log(share) if share else -math.inf)
+    return logits.masked_fill(logits < bound, -math.inf).log_softmax(-1)
+
+
+@stat_family("kept_mass")
+def kept_mass(share: float) -> StatFn:
+    """Probability of the actions that the min-p filter keeps."""
+
+    def fn(logits: Float[Tensor, "N V"], action: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
+        kept = filtered(logits.detach(), share).isfinite()
+        return logits.softmax(-1).masked_fill(~kept, 0.0).sum(-1)
+
+    return fn
+
+
+@stat_family("proxy_logp")
+def proxy_logp(share: float) -> StatFn:
+    """Log-probability of the action under the min-p filtered, renormalised distribution, without gradient; `FILTERED` if it fell."""
+
+    def fn(logits: Float[Tensor, "N V"], action: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
+        proxy = filtered(logits.detach(), share)
+        return proxy.gather(-1, action[:, None]).squeeze(-1).clamp(min=FILTERED)
+
+    return fn
+
+
+@stat_family("proxy_kl")
+def proxy_kl(share: float) -> StatFn:
+    """KL(q || pi) over all actions, q the min-p filtered, renormalised distribution without gradient; its value is -log kept mass."""
+
+    def fn(logits: Float[Tensor, "N V"], action: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
+        proxy = filtered(logits.detach(), share)
+        kept = proxy.isfinite()
+        gap = torch.where(kept, proxy - logits.log_softmax(-1), 0.0)
+        return (torch.where(kept, proxy, -math.inf).exp() * gap).sum(-1)
+
+    return fn
 
 
 def split(names: Iterable[str]) -> dict[str, frozenset[str]]:

@@ -17,7 +17,7 @@ from polopt.columns import next_valid
 from polopt.errors import CallError, PoloptError
 from polopt.interfaces import State
 from polopt.part import Can
-from polopt.stats import NOW, STATS, View
+from polopt.stats import NOW, View, find_stat, stat_names
 from polopt.tasks.table import TableTask
 from polopt.tasks.table_world import World
 
@@ -109,11 +109,12 @@ class TablePolicy:
         elif name == "kl":
             old = batch.stat("dist@old")
             found = (old.exp() * (old - logits.log_softmax(-1))).sum(-1)
-        elif name in STATS:
-            flat = STATS[name](logits.flatten(0, 1), batch.action.flatten())
+        elif (fn := find_stat(name)) is not None:
+            flat = fn(logits.flatten(0, 1), batch.action.flatten())
             found = flat.view(*batch.shape, *flat.shape[1:])
         else:
-            raise CallError(f"a table policy has no statistic '{name}'; known: dist, kl, value, value_next, {', '.join(STATS)}")
+            known = ", ".join(["dist", "kl", "value", "value_next", *stat_names()])
+            raise CallError(f"a table policy has no statistic '{name}'; known: {known}")
         mask = batch.mask.view(*batch.shape, *[1] * (found.dim() - 2))
         return torch.where(mask, found, torch.zeros_like(found))
 

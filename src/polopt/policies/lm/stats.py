@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from jaxtyping import Float, Int
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from polopt.errors import unknown
-from polopt.stats import STATS
+from polopt.stats import StatFn, find_stat, stat_names
 
 #: Logits held at once (elements): 32 MB in float32. Larger vocabularies are computed in chunks, again in the backward pass.
 CHUNK = 1 << 23
@@ -28,10 +28,13 @@ def chunked(
     chunk: int = CHUNK,
 ) -> dict[str, Tensor]:
     """Statistics `names` (of `polopt.stats.STATS`) of `action` under softmax(head(hidden) / temperature), each [N] or [N,m]."""
-    for name in names:
-        if name not in STATS:
-            raise unknown("statistic of a language model", name, STATS)
     order = sorted(names)
+    functions: dict[str, StatFn] = {}
+    for name in order:
+        fn = find_stat(name)
+        if fn is None:
+            raise unknown("statistic of a language model", name, stat_names())
+        functions[name] = fn
 
     def some(h: Tensor, a: Tensor, t: Tensor | float) -> tuple[Tensor, ...]:
         logits = head(h).float()
@@ -39,7 +42,7 @@ def chunked(
             logits = logits / t[:, None]
         elif t != 1:
             logits = logits / t
-        return _together(logits, a, order)
+        return _together(logits, a, functions)
 
     rows = max(1, chunk // vocabulary)
     n = hidden.shape[0]
@@ -56,11 +59,11 @@ def chunked(
     return {name: torch.cat([p[k] for p in parts]) for k, name in enumerate(order)}
 
 
-def _together(logits: Tensor, action: Tensor, order: list[str]) -> tuple[Tensor, ...]:
+def _together(logits: Tensor, action: Tensor, functions: Mapping[str, StatFn]) -> tuple[Tensor, ...]:
     """Each statistic; log-probability and entropy share one pass over the logits when both are wanted."""
-    if "logp" in order and "entropy" in order:
+    if "logp" in functions and "entropy" in functions:
         logq = logits - logits.logsumexp(-1, keepdim=True)
         spread = -(logq.exp() * logq.clamp(min=torch.finfo(logq.dtype).min)).sum(-1)
         both = {"logp": logq.gather(-1, action[:, None]).squeeze(-1), "entropy": spread}
-        return tuple(both[name] if name in both else STATS[name](logits, action) for name in order)
-    return tuple(STATS[name](logits, action) for name in order)
+        return tuple(both[name] if name in both else fn(logits, action) for name, fn in functions.items())
+    return tuple(fn(logits, action) for fn in functions.values())
