@@ -16,7 +16,7 @@ from torch import Tensor
 from polopt.errors import CallError
 from polopt.part import Can
 from polopt.policies.mlp_spaces import Action
-from polopt.stats import STATS
+from polopt.stats import STATS, find_stat, stat_names
 
 Array = NDArray[Any]
 Floats = NDArray[np.float32]
@@ -94,10 +94,11 @@ class Categorical:
         return frozenset({Can.SCORE, Can.KL, Can.VALUE, Can.REFERENCE, *({Can.ENUMERATE} if self.single else ())})
 
     def stat(self, name: str, output: Float[Tensor, "N V"], log_std: Tensor | None, action: Tensor) -> Tensor:
-        if name not in STATS:
-            raise CallError(f"a categorical policy has no statistic '{name}'; known: {', '.join(sorted(STATS))}")
+        fn = find_stat(name)
+        if fn is None:
+            raise CallError(f"a categorical policy has no statistic '{name}'; known: {', '.join(sorted(stat_names()))}")
         if self.single:
-            return STATS[name](output, action)
+            return fn(output, action)
         if name not in ("logp", "entropy"):
             raise CallError(f"statistic '{name}' is not defined for an action of {len(self.action.counts)} components")
         parts = torch.split(output, list(self.action.counts), -1)
