@@ -34,8 +34,8 @@ class Thompson(Part):
     are asked again some day. Success of an answer is its reward, all channels added up, clipped to [0, 1].
 
     A prompt is asked once in an iteration; where more prompts are wanted than there are, all are asked, and the best ones again.
-    `cap` bounds how often a prompt is asked in an epoch (as many prompts as the task has), so that those with noisy labels, which never
-    look solved, cannot take all; where every prompt has reached it, it does not hold.
+    `cap` bounds how often a prompt is asked in an epoch (as many prompts as the task has), so that those with noisy labels, which
+    never look solved, cannot take all; where every prompt has reached it, it does not hold.
     """
 
     lam_s: Annotated[float, Range(ge=0, le=1), "what a chosen prompt's belief keeps of its past"] = 0.7
