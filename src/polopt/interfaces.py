@@ -118,8 +118,8 @@ class Policy(Protocol):
         """Statistics `want` (names without view) of the batch's decisions, each [B,T] or [B,T,m]; gradients only for NOW."""
         ...
 
-    def remember(self, batch: Batch) -> None:
-        """Update what is not learned by gradient (observation statistics) after a batch was used."""
+    def remember(self, batch: Batch | None) -> None:
+        """Update what is not learned by gradient (observation statistics) after a batch was used; None: nothing was sampled."""
         ...
 
     def state(self) -> State:
@@ -184,6 +184,26 @@ class Collector(Protocol):
     def load(self, state: State) -> None: ...
 
     def close(self) -> None: ...
+
+
+class Supply(Protocol):
+    """A source that keeps transitions, bound to a run: what each round of updates is drawn from."""
+
+    def write(self, batch: Batch) -> None:
+        """Keep what was collected: rows are environments, `final` holds the last observations."""
+        ...
+
+    def rounds(self) -> int:
+        """Rounds of updates that are due now."""
+        ...
+
+    def draw(self, rounds: int) -> Batch:
+        """Transitions for that many rounds, [rounds * n, 1], in one batch; they then are no longer due."""
+        ...
+
+    def state(self) -> State: ...
+
+    def load(self, state: State) -> None: ...
 
 
 class Problem(Protocol):

@@ -15,7 +15,7 @@ from polopt.columns import missing_message
 from polopt.draws import Draws
 from polopt.errors import CallError, MissingStatistic
 from polopt.memory import Memory
-from polopt.part import Part, call
+from polopt.part import Part, ask, call
 
 if TYPE_CHECKING:
     from polopt.interfaces import Nets
@@ -81,6 +81,46 @@ def valid_decisions(slots: Slots, batch: Batch, advantage: Tensor | None, memory
     return valid
 
 
+def surveyed(
+    slots: Slots,
+    batch: Batch,
+    now: Mapping[str, Tensor],
+    advantage: Tensor | None,
+    valid: Bool[Tensor, "B T"],
+    memory: Memory,
+    rng: Draws | None = None,
+) -> Batch:
+    """The batch with what its parts must know of the whole minibatch, as statistics `name@minibatch` [B,T] without gradient.
+
+    A part that compares decisions of the whole minibatch (ranks, bounds that are searched, random choices) has a method
+    `survey(batch, now, advantage, valid, memory, rng, surrogate)`, of which it names what it wants, and lists in `surveys` what
+    that returns. Micro-batches bring these statistics along; where they are missing, `batch` is the whole minibatch.
+    """
+    for path, part in slots.acting():
+        missing = [n for n in getattr(part, "surveys", ()) if n not in batch.stats]
+        if missing:
+            with torch.no_grad():
+                found = ask(
+                    part.survey,  # type: ignore[attr-defined]
+                    batch=batch, now={k: v.detach() for k, v in now.items()}, advantage=advantage, valid=valid,
+                    memory=memory.of(slots.path(path)), rng=rng, surrogate=slots.surrogate,
+                )  # fmt: skip
+            batch = batch.adding({n: found[n] for n in missing})
+    return batch
+
+
+def survey(
+    slots: Slots, batch: Batch, now: Mapping[str, Tensor], advantage: Tensor | None, memory: Memory, rng: Draws | None = None
+) -> dict[str, Tensor]:
+    """What parts must know of the whole minibatch `batch`: statistics `name@minibatch`, for its micro-batches to bring along."""
+    batch, now = isolated(batch, now)
+    valid = valid_decisions(slots, batch, advantage, memory)
+    if advantage is not None:
+        advantage = advantage.masked_fill(~valid if advantage.dim() == 2 else ~valid[..., None], 0)
+    found = surveyed(slots, batch, now, advantage, valid, memory, rng)
+    return {k: v for k, v in found.stats.items() if k.endswith("@minibatch")}
+
+
 def checked(kind: str, part: Part, out: Any, batch: Batch, *forms: str) -> Tensor:
     """The result of a part, or `CallError` when it has none of the `forms` ("", "BT", "BTK": scalar, decisions, channels)."""
     b, t = batch.shape
@@ -132,6 +172,7 @@ def loss(
     critic = slots.critic if "critic" in update.terms else None
     if critic is not None and slots.target is None and "return@old" not in batch.stats:
         batch = batch.adding({"return@old": returns(method, update, batch, memory)})
+    batch = surveyed(slots, batch, now, advantage, valid, memory, rng)
     told: Diagnostics = {}
     target: Tensor | None = None
 
@@ -142,7 +183,7 @@ def loss(
         )  # fmt: skip
         if isinstance(found, tuple):
             found, more = found
-            told.update({k: v.detach() for k, v in more.items()})
+            told.update({k: v.detach() for k, v in more.items()})  # scalars; `name@drawn` for the updates that follow
         return found
 
     def run(slot: str, part: Part) -> Tensor:

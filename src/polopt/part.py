@@ -34,13 +34,14 @@ class Can(StrEnum):
     IMITATE = "imitate"  # a supervised loss
     CARRY = "carry"  # recurrent state
     FLOW = "flow"  # a policy without a likelihood: conditional flow-matching losses of given actions
+    NETS = "nets"  # holds the networks that parts ask for by name, and draws actions for losses
     VALUE = "value"  # can be given a value head or net
     REFERENCE = "reference"  # keeps a frozen reference view
     GROUPS = "groups"  # the task can be sampled several times from one starting point
     EPISODES = "episodes"  # the collector can return whole episodes as rows
     REFILL = "refill"  # the collector answers requests one after the other inside one iteration
-
     ITEMS = "items"  # the task has a known number of items, each with a number of its own
+
 
 REASONS = {
     Can.SCORE: "log-probabilities of given actions",
@@ -50,8 +51,11 @@ REASONS = {
     Can.GROUPS: "several samples from the same starting point",
     Can.REFILL: "a task that answers further requests inside one iteration (text)",
     Can.EPISODES: "whole episodes",
-    Can.VALUE: "a value function",
     Can.ITEMS: "a table of prompts (a task with a known number of items)",
+    Can.VALUE: "a value function",
+    Can.NETS: "a policy that holds critics of actions",
+    Can.REPARAM: "continuous actions, differentiable in the policy",
+    Can.ENUMERATE: "discrete actions, whose probabilities can all be listed",
 }
 
 
@@ -122,6 +126,7 @@ class Part:
     host: ClassVar[bool] = False  # True: cannot be traced (Python control flow on values)
     rows: ClassVar[bool] = False  # True: works on whole rows, so minibatches must not cut them into single decisions
     moments: ClassVar[frozenset[str]] = frozenset()  # at which moments `observe` must be called
+    surveys: ClassVar[tuple[str, ...]] = ()  # statistics `name@minibatch` that its `survey` takes from a whole minibatch
     if typing.TYPE_CHECKING:
         __call__: ClassVar[Callable[..., Any]]  # every kind but rules is called; see `call`
 
@@ -164,16 +169,16 @@ class Part:
         """Memory at the start of training (empty for parts that remember nothing)."""
         return {}
 
-    def observe(self, moment: Moment, *, batch: Any, memory: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """New memory entries after `moment`; reading the old value first, then writing, is thereby visible."""
-        return {}
-
-    def __post_init__(self) -> None:
     @property
     def table(self) -> Mapping[str, float]:
         """Columns kept for every item of the task, by name, with their values at the start: memory entries [items], float64."""
         return {}
 
+    def observe(self, moment: Moment, *, batch: Any, memory: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """New memory entries after `moment`; reading the old value first, then writing, is thereby visible."""
+        return {}
+
+    def __post_init__(self) -> None:
         check_fields(self, self.kind or type(self).__name__)
 
     def but(self, **changes: Any) -> Self:
@@ -199,6 +204,12 @@ def call(part: Callable[..., Any], **available: Any) -> Any:
     """Call `part` with those of the available arguments that its `__call__` names."""
     names = _wanted(type(part).__call__)
     return part(**{k: v for k, v in available.items() if k in names})
+
+
+def ask(method: Callable[..., Any], **available: Any) -> Any:
+    """Call a part's method with those of the available arguments that it names."""
+    names = _wanted(method.__func__)  # type: ignore[attr-defined]
+    return method(**{k: v for k, v in available.items() if k in names})
 
 
 # -------------------------------------------------------------------- registry of parts
@@ -270,4 +281,4 @@ def union(sets: Iterable[frozenset[Any]]) -> frozenset[Any]:
     return frozenset().union(*sets)
 
 
-__all__ = ["KINDS", "Can", "Moment", "Net", "Part", "Range", "call", "make_part", "part_names", "register_part", "register_preset"]
+__all__ = ["KINDS", "Can", "Moment", "Net", "Part", "Range", "ask", "call", "make_part", "part_names", "register_part", "register_preset"]

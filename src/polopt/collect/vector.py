@@ -12,12 +12,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from polopt.batch import Batch, Clock, Final
+from polopt.collect.behave import Behaviour
 from polopt.collect.envs import Envs, InProcess, Vector
 from polopt.collect.episodes import run_episodes
 from polopt.collect.rewards import DiscountedReturns, EpisodeCounter
 from polopt.errors import CallError, PoloptError
 from polopt.interfaces import Recorder, Request, State
-from polopt.part import Can
+from polopt.part import Can, Part
 from polopt.policies.mlp import MLPPolicy
 from polopt.run import Streams
 from polopt.settings import Settings
@@ -49,9 +50,12 @@ class VectorCollector:
         *,
         gamma: float = 0.99,
         also: frozenset[str] = frozenset(),
+        recorded: bool = True,
+        explore: Part | None = None,
+        start: int = 0,
     ) -> None:
         self.task, self.policy, self.settings, self.whole = task, policy, settings, whole
-        self.also = also
+        self.also, self.recorded = also, recorded
         if whole and settings.collect.vectorize != "sync":
             raise CallError(
                 f"collect.vectorize = '{settings.collect.vectorize}': the method needs whole episodes, which are stepped in "
@@ -67,16 +71,18 @@ class VectorCollector:
         self._episodes = EpisodeCounter(settings.collect.envs)
         self._rewards = DiscountedReturns(settings.collect.envs, gamma) if settings.policy.normalize_reward else None
         self._costs = {"decisions": 0, "env_steps": 0}
+        rng = self.streams.numpy("explore") if explore is not None or start else np.random.default_rng(0)
+        self._behave = Behaviour(policy.head, explore, start, settings.collect.envs, rng)
 
     # ---------------------------------------------------------------- the protocol
+    size = 0  # environments and start seeds are not counted
+
     @property
     def want(self) -> int:
         """Items per iteration: start seeds where episodes are whole, else running environments."""
         return self.settings.collect.episodes if self.whole else self.settings.collect.envs
 
     def draw(self, n: int) -> list[int | None]:
-    size = 0  # environments and start seeds are not counted
-
         """n fresh start seeds, or with fragments n times "any running environment"."""
         if not self.whole:
             return [None] * n
@@ -97,6 +103,8 @@ class VectorCollector:
         if self.whole:
             batch = batch.with_key("item", torch.tensor([r.item for r in requests])[group])
         batch = batch.to(self.policy.device)
+        if not self.recorded:
+            return batch
         if isinstance(self.policy, Recorder):
             batch = batch.adding(self.policy.record(batch, self.streams.torch("record")))
         found = self.policy.evaluate(batch, self.policy.recorded | self.also, OLD)
@@ -156,12 +164,14 @@ class VectorCollector:
         obs = np.empty((steps + 1, n, observation.size), dtype=np.float32)
         assert self._obs is not None
         obs[0] = self._obs
-        noise = head.noise(self.streams.numpy("act"), (steps, n))
+        noise, behave = head.noise(self.streams.numpy("act"), (steps, n)), self._behave
         actions: list[Array] = []
         reward, ends, cuts = np.empty((steps, n)), np.empty((steps, n), dtype=bool), np.empty((steps, n), dtype=bool)
         last: list[tuple[int, int, Array]] = []
         for t in range(steps):
             action = actor(obs[t], noise[t])
+            if not behave.passive:
+                action = behave(action)
             actions.append(action)
             try:
                 raw, reward[t], ends[t], cuts[t], finished = envs.step(head.outward(action))
@@ -171,6 +181,8 @@ class VectorCollector:
             observation.encode(raw, obs[t + 1])
             if finished:
                 last += [(i, t, o) for i, o in finished.items()]
+            if behave.explore is not None:
+                behave.ended(ends[t] | cuts[t])
         self._refuse_bad(obs, reward)
         self._obs, self._taken = obs[steps], self._taken + steps
         mask = self._mask(ends | cuts, envs.next_step)
@@ -280,7 +292,7 @@ class VectorCollector:
         if found["started"]:
             assert self._envs is not None
             found |= {"envs": self._envs.state(), "obs": self._obs, "resetting": self._resetting, "taken": self._taken}
-            found |= {"episodes": self._episodes.state()}
+            found |= {"episodes": self._episodes.state(), "behave": self._behave.state()}
             if self._rewards is not None:
                 found["rewards"] = self._rewards.carry
         return found
@@ -299,6 +311,7 @@ class VectorCollector:
         envs.load(state["envs"])
         self._obs, self._resetting = np.array(state["obs"]), np.array(state["resetting"])
         self._episodes.load(state["episodes"])
+        self._behave.load(state["behave"])
         if self._rewards is not None:
             self._rewards.carry = np.array(state["rewards"])
 
@@ -321,4 +334,8 @@ def build(task: Any, policy: MLPPolicy, settings: Settings, method: Any, seed: i
     names = frozenset(n.removesuffix("@old") for n in method.needs() if n.endswith("@old"))
     also = names & {"value", "value_next", "dist"}
     gamma = float(getattr(method.advantage, "gamma", 0.99))
-    return VectorCollector(task, policy, settings, whole, seed, gamma=gamma, also=also)
+    return VectorCollector(
+        task, policy, settings, whole, seed, gamma=gamma, also=also,
+        # transitions are kept without the sampler's numbers: what reads them asks the networks
+        recorded=Can.NETS not in method.requires(), explore=method.explore, start=int(getattr(method.source, "start", 0)),
+    )  # fmt: skip

@@ -19,6 +19,7 @@ from polopt import objective
 from polopt.batch import Batch, Clock, Totals, tree_map
 from polopt.memory import Memory
 from polopt.objective import Diagnostics
+from polopt.part import Part
 
 if TYPE_CHECKING:
     from polopt.loops.executor import Executor
@@ -38,8 +39,14 @@ def can_compile(executor: Executor) -> bool:
         and hasattr(executor.update.rule, "pure")
         and executor.flat.span(executor.update.trains) is not None
         and executor.observe_minibatch is None
-        and not any(p.host or "rng" in inspect.signature(type(p).__call__).parameters for p in parts)
+        and not any(p.host or _draws(p) for p in parts)
     )
+
+
+def _draws(part: Part) -> bool:
+    """Whether a part asks for random numbers."""
+    methods = [type(part).__call__, *([part.survey] if part.surveys else [])]  # type: ignore[attr-defined]
+    return any("rng" in inspect.signature(m).parameters for m in methods)
 
 
 def steps_per_graph(steps: int, most: int) -> int:
@@ -130,7 +137,7 @@ class CompiledSteps:
     # ---------------------------------------------------------------- tracing
     def graph(self, inputs: tuple[Any, ...], batch: Batch) -> Callable[..., Any]:
         """The compiled program for inputs of these shapes."""
-        key = (_shapes(inputs), batch.horizon, tuple(batch.units.items()), self.executor.old_is_now)
+        key = (_shapes(inputs), batch.horizon, tuple(batch.units.items()), self.executor.late)
         if key not in self.graphs:
             self.graphs[key] = self.build(inputs, batch)
         return self.graphs[key]
@@ -151,9 +158,8 @@ class CompiledSteps:
             rows = Batch(**cut, horizon=horizon, units=units, clock=Clock(update, fraction))
             memory = Memory()
             memory.load(slots)
-            now = torch.func.functional_call(self.policy, {**parameters, **fixed}, (rows, e.want))
-            if e.old_is_now:
-                rows = rows.adding({"logp@old": now["logp"].detach()})
+            now = torch.func.functional_call(self.policy, {**parameters, **fixed}, (rows, e.want | e.late))
+            rows = rows.adding({f"{n}@old": now[n].detach() for n in e.late})
             weights = None if advantage is None else advantage[index]
             totals = Totals.of(objective.valid_decisions(e.slots, rows, weights, memory))
             loss, info = objective.loss(e.method, e.update, rows, now, weights, totals, memory)

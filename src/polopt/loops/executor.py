@@ -11,14 +11,15 @@ from torch import Tensor
 from polopt import objective
 from polopt.batch import Batch, Clock, Totals
 from polopt.draws import Draws
-from polopt.interfaces import Policy, State
+from polopt.interfaces import Nets, Policy, State
 from polopt.loops.compiled import CompiledSteps, can_compile
 from polopt.loops.flat import FlatParameters
 from polopt.memory import Memory
 from polopt.method import Method, Update
 from polopt.objective import Diagnostics
+from polopt.part import Can
 from polopt.settings import OptimSettings
-from polopt.stats import NOW, split
+from polopt.stats import NOW, find_stat, split
 
 
 def add_up(total: Diagnostics, more: Diagnostics) -> None:
@@ -36,38 +37,50 @@ class Problem:
     advantage: Tensor | None
     clock: Clock
     log_ratio: list[Tensor] = field(default_factory=list)
+    totals: Totals = None  # type: ignore[assignment]  # counted where it is not given
 
     def __post_init__(self) -> None:
         e = self.executor
         self.parameters: Sequence[Tensor] = e.parameters
-        valid = objective.valid_decisions(e.slots, self.batch, self.advantage, e.memory)
-        self.totals = Totals.of(valid)
+        if self.totals is None:
+            self.totals = Totals.of(objective.valid_decisions(e.slots, self.batch, self.advantage, e.memory))
 
     def _micro(self) -> Iterator[tuple[Batch, Tensor | None]]:
         n, size = self.batch.shape[0], self.executor.optim.micro
         if size is None or size >= n or not self.executor.policy.rowwise:
             yield self.batch, self.advantage
             return
+        batch = self._surveyed(size) if self.executor.surveys else self.batch
         for i in range(0, n, size):
             rows = slice(i, i + size)
-            yield self.batch.rows(rows), None if self.advantage is None else self.advantage[rows]
+            yield batch.rows(rows), None if self.advantage is None else self.advantage[rows]
+
+    @torch.no_grad()
+    def _surveyed(self, size: int) -> Batch:
+        """The minibatch with what parts must know of the whole of it, from one more pass in pieces of `size` rows."""
+        e, batch = self.executor, self.batch
+        pieces = [batch.rows(slice(i, i + size)) for i in range(0, batch.shape[0], size)]
+        found = [e.policy.evaluate(piece, e.want | e.late, NOW) for piece in pieces]
+        now = {k: torch.cat([f[k] for f in found]) for k in e.want | e.late}
+        whole = batch.adding({f"{n}@old": now[n] for n in e.late})
+        return batch.adding(objective.survey(e.slots, whole, now, self.advantage, e.memory, e.draws))
 
     def _loss(self, batch: Batch, advantage: Tensor | None) -> tuple[Tensor, Diagnostics, Batch, dict[str, Tensor]]:
         e = self.executor
-        now = e.policy.evaluate(batch, e.want, NOW)
-        if e.old_is_now:  # the only gradient step of this update: its start is now, exactly
-            batch = batch.adding({"logp@old": now["logp"].detach()})
-        loss, info = objective.loss(e.method, e.update, batch, now, advantage, self.totals, e.memory, e.draws)
+        now = e.policy.evaluate(batch, e.want | e.late, NOW) if e.want or e.late else {}
+        # the only gradient step of this update: its start is now, exactly
+        batch = batch.adding({f"{n}@old": now[n].detach() for n in e.late})
+        loss, info = objective.loss(e.method, e.update, batch, now, advantage, self.totals, e.memory, e.draws, e.nets)
         return loss, info, batch, now
 
     def backward(self) -> Diagnostics:
         """Gradients of the whole minibatch, accumulated over its micro-batches, and diagnostics."""
-        self.executor.flat.grad.zero_()
+        self.executor.clear()
         total: Diagnostics = {}
         self.log_ratio.clear()
         for batch, advantage in self._micro():
             loss, info, batch, now = self._loss(batch, advantage)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward(inputs=self.executor.inputs)  # type: ignore[no-untyped-call]
             add_up(total, {"loss": loss.detach(), **info})
             if "logp" in now and "logp@old" in batch.stats:
                 self.log_ratio.append((now["logp"].detach() - batch.stats["logp@old"])[batch.mask])
@@ -106,10 +119,21 @@ class Executor:
         self.parameters = flat.parameters(update.trains)
         span = flat.span(update.trains) if getattr(update.rule, "flat", False) else None
         self.stepper = update.rule.bind([span] if span is not None else self.parameters)  # type: ignore[attr-defined]
+        self.span = span
+        # what other updates train gets no gradient, which then is not computed either
+        self.inputs = None if len(self.parameters) == len(flat.places) else list(self.parameters)
+        self.nets: Nets | None = policy if Can.NETS in policy.can else None  # type: ignore[assignment]
         self.want = split(method.needs(update)).get("now", frozenset())
         self.by_rows = policy.rowwise or any(p.rows for _, p in self.slots.acting())
-        self.old_is_now = False
+        self.surveys = any(p.surveys for _, p in self.slots.acting())
+        self.late: frozenset[str] = frozenset()  # statistics of the start that the only gradient step takes from itself
         self.compiled: CompiledSteps | None = None
+
+    def clear(self) -> None:
+        """Zero the gradients of what this update trains."""
+        grad = self.flat.grad if self.inputs is None or self.span is None else self.span.grad
+        assert grad is not None
+        grad.zero_()
 
     def size(self, units: int) -> int:
         """Rows (or decisions) per gradient step."""
@@ -125,6 +149,11 @@ class Executor:
     def single_step(self, units: int) -> bool:
         """Whether the start of the update and the only gradient step coincide; a rule that searches also looks beyond its start."""
         return self.steps_per_batch(units) == 1 and not self.update.rule.host
+
+    def waiting(self, batch: Batch) -> frozenset[str]:
+        """Statistics of logits at the start of the update that the batch lacks, though the update needs or reports them."""
+        names = split(self.method.needs(self.update)).get("old", frozenset()) | self.want & {"logp"}
+        return frozenset(n for n in names if f"{n}@old" not in batch.stats and find_stat(n) is not None)
 
     def prepare(self, batch: Batch, advantage: Tensor | None) -> tuple[Batch, Tensor | None]:
         """Rows for minibatches: single decisions where the policy and all parts allow it."""
@@ -145,7 +174,7 @@ class Executor:
         if units == 0:
             return {"empty_batch": torch.ones(())}
         size = self.size(units)
-        self.old_is_now = "logp@old" not in batch.stats and self.single_step(units)
+        self.late = self.waiting(batch) if self.single_step(units) else frozenset()
         if compiled and can_compile(self):
             self.compiled = self.compiled or CompiledSteps(self)
             total, ratios, steps, epochs = self.compiled.run(
@@ -183,6 +212,12 @@ class Executor:
         problem = Problem(self, batch, advantage, clock)
         info = self.stepper.step(problem)
         return info, problem.log_ratio
+
+    def once(self, batch: Batch, totals: Totals, clock: Clock) -> Diagnostics:
+        """One step on the whole of `batch`; `totals` are its denominators."""
+        problem = Problem(self, batch, None, clock, totals=totals)
+        info: Diagnostics = self.stepper.step(problem)
+        return info
 
     def _minibatches(self, batch: Batch, advantage: Tensor | None, size: int) -> Iterator[tuple[Batch, Tensor | None]]:
         units = batch.shape[0]

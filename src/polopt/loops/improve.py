@@ -19,9 +19,11 @@ from polopt.loops.executor import Executor
 from polopt.loops.flat import FlatParameters
 from polopt.loops.measures import Metrics, explained_variance, signal, to_floats
 from polopt.loops.plan import Compile, compile_plan
+from polopt.loops.rounds import Rounds
+from polopt.loops.supplies import open_supply
 from polopt.loops.whole import Loop
 from polopt.method import Method, Update
-from polopt.part import Moment, call
+from polopt.part import Moment, call, union
 from polopt.run import RunFolder, Streams
 from polopt.settings import Settings
 from polopt.stats import VIEWS, split, with_prerequisites
@@ -61,6 +63,8 @@ class Improve(Loop):
         self._refuse_shared_layers()
         self.compile = compile_plan(method, task, settings, self.executors.values())
         self.store: dict[str, Batch] = {}
+        self.supply = open_supply(method, self.policy, task, settings, self.streams, folder)
+        self.rounds = Rounds(self.executors, self.policy) if self.supply is not None else None
 
     def _refuse_shared_layers(self) -> None:
         """Raise `CallError` when a rule that bounds its own step shares parameters with another update."""
@@ -81,6 +85,23 @@ class Improve(Loop):
         batches = self.collect(clock)
         collected = time.perf_counter()
         self.ledger.charge(self.collector.costs())
+        info = self.learn(batches, clock) if self.supply is None else self.replay(batches, clock)
+        self.policy.remember(next(iter(batches.values()), None))
+        self.updates += 1
+        done = time.perf_counter()
+        self.seconds += done - start
+        return {
+            "update": self.updates,
+            **self.ledger.spent,
+            "seconds": self.seconds,
+            **to_floats(info),
+            **self.collector.report(),  # its own numbers win: it sees what a sampler drops later
+            "seconds_collect": collected - start,
+            "seconds_update": done - collected,
+        }
+
+    def learn(self, batches: dict[str, Batch], clock: Clock) -> dict[str, Tensor]:
+        """One round of updates on whole batches."""
         info: dict[str, Tensor] = {}
         due = [u for u in self.method.updates if self.updates % u.every == 0 and u.on in batches]
         # every update's statistics and advantages are taken before the first one moves a parameter
@@ -97,19 +118,21 @@ class Improve(Loop):
             info |= {f"{update.name}/{k}" if k in info else k: v for k, v in found.items()}
         if ready:
             self.after_updates(ready[0][0])  # before observation statistics move
-        self.policy.remember(next(iter(batches.values())))
-        self.updates += 1
-        done = time.perf_counter()
-        self.seconds += done - start
-        return {
-            "update": self.updates,
-            **self.ledger.spent,
-            "seconds": self.seconds,
-            **to_floats(info),
-            **self.collector.report(),  # its own numbers win: it sees what a sampler drops later
-            "seconds_collect": collected - start,
-            "seconds_update": done - collected,
-        }
+        return info
+
+    def replay(self, batches: dict[str, Batch], clock: Clock) -> dict[str, Tensor]:
+        """The rounds of updates that are due, on transitions drawn from what is kept."""
+        assert self.supply is not None
+        assert self.rounds is not None
+        for batch in batches.values():
+            self.supply.write(batch)
+        due = self.supply.rounds()
+        if not due:
+            return {}
+        compiled = self.compile.start is not None and self.updates >= self.compile.start
+        info = self.rounds.run(self.supply.draw(due), due, clock, compiled=compiled)
+        self.ledger.charge({"rounds": due})
+        return info
 
     def collect(self, clock: Clock) -> dict[str, Batch]:
         """Drive the sampler: answer its requests until it returns named batches."""
@@ -130,7 +153,8 @@ class Improve(Loop):
         if allotment is not None and not allotment.asked:
             sampler, allocator = self.method.sampler.name, allotment.part.name
             raise CallError(f"sampler '{sampler}' never asked plan.allot, so that allocator '{allocator}' decides nothing")
-        batches = {k: replace(b, clock=clock) for k, b in self.method.source(batches, self.store).items()}
+        kept = batches if self.supply is not None else self.method.source(batches, self.store)
+        batches = {k: replace(b, clock=clock) for k, b in kept.items()}
         for batch in batches.values():
             self.observe("drawn", batch)
         return batches
@@ -154,15 +178,15 @@ class Improve(Loop):
     def fill(self, batch: Batch, needs: frozenset[str], lazily: Executor | None = None) -> Batch:
         """Compute the statistics that parts need at the views old and ref, each view in one pass.
 
-        What the collector recorded stays as it is. `logp@old` is left to the gradient step where that is the update's only
-        one and nothing before it reads it: old and now then coincide, and the pass is saved.
+        What the collector recorded stays as it is. Statistics of logits at the start, such as `logp@old`, are left to the gradient
+        step where that is the update's only one and nothing before it reads them: old and now then coincide, a pass is saved.
         """
         for view, names in split(needs).items():
             if view not in ("old", "ref"):
                 continue
             missing = frozenset(n for n in names if f"{n}@{view}" not in batch.stats) - {"return"}
-            if view == "old" and lazily and self._logp_can_wait(lazily, batch):
-                missing -= {"logp"}
+            if view == "old" and lazily:
+                missing -= self._can_wait(lazily, batch)
             if view == "old" and not self.policy.rowwise and missing:
                 missing |= frozenset({"entropy"}) & getattr(self.policy, "recorded", frozenset({"entropy"}))
             if missing:
@@ -170,12 +194,14 @@ class Improve(Loop):
                 batch = batch.adding({f"{n}@{view}": v for n, v in found.items()})
         return batch
 
-    def _logp_can_wait(self, executor: Executor, batch: Batch) -> bool:
+    def _can_wait(self, executor: Executor, batch: Batch) -> frozenset[str]:
+        units = batch.shape[0] if executor.by_rows else int(batch.mask.sum())
+        if not executor.single_step(units):
+            return frozenset()
         late = [p for p in self.method.parts().values() if p.moments & {"scored", "minibatch", "stepped"}]
         first = [executor.slots.advantage] if executor.slots.advantage is not None else []
-        early = [*self.method.reward, *first, *executor.slots.select, *late]
-        units = batch.shape[0] if executor.by_rows else int(batch.mask.sum())
-        return executor.single_step(units) and not any("logp@old" in p.needs for p in early)
+        early = union(p.needs for p in [*self.method.reward, *first, *executor.slots.select, *late])
+        return frozenset(n for n in executor.waiting(batch) if f"{n}@old" not in early)
 
     def _evaluate(self, batch: Batch, names: frozenset[str], view: str) -> dict[str, Tensor]:
         size = self.settings.optim.micro
@@ -227,6 +253,8 @@ class Improve(Loop):
             "updates": {k: e.state() for k, e in self.executors.items()},
             "memory": self.memory.state(),
             "store": {k: b.tree() for k, b in self.store.items()},
+            "supply": self.supply.state() if self.supply is not None else {},
+            "rounds": self.rounds.state() if self.rounds is not None else {},
             "streams": self.streams.state(),
             "collector": self.collector.state(),
             "clock": {"updates": self.updates, "seconds": self.seconds, "spent": dict(self.ledger.spent)},
@@ -247,6 +275,9 @@ class Improve(Loop):
             raise PoloptError(f"the checkpoint does not fit this policy: {error}") from error
         self.memory.load(state["memory"])
         self.store = {k: Batch.from_tree(t).to(self.policy.device) for k, t in state["store"].items()}
+        if self.supply is not None and self.rounds is not None:
+            self.supply.load(state["supply"])
+            self.rounds.load(state["rounds"])
         self.streams.load(state["streams"])
         self.collector.load(state["collector"])
         self.updates, self.seconds = state["clock"]["updates"], state["clock"]["seconds"]

@@ -10,16 +10,18 @@ from typing import Any
 from polopt.errors import PoloptError, unknown
 from polopt.method import Method
 from polopt.part import Can
-from polopt.policies import flow, mlp
+from polopt.policies import actor_critic, flow, mlp
 
 #: kinds of policies, as policy.json names them; each module has `build(task, settings, nets, seed)` and `load_pretrained(folder)`
-KINDS: dict[str, ModuleType] = {"mlp": mlp, "flow": flow}
+KINDS: dict[str, ModuleType] = {"mlp": mlp, "actor-critic": actor_critic, "flow": flow}
 #: what a task offers by itself, whatever policy acts in it
 OF_TASKS = frozenset({Can.EPISODES, Can.GROUPS, Can.REFILL})
 
 
 def kind_of(settings: Any, method: Any) -> str:
     """The kind of policy for a method (or for names of nets, which require nothing in particular)."""
+    if isinstance(method, Method) and Can.NETS in method.requires():
+        return "actor-critic"
     wanted = settings.policy.distribution
     if wanted == "flow" or (wanted == "auto" and isinstance(method, Method) and Can.FLOW in method.requires()):
         return "flow"

@@ -167,9 +167,9 @@ class MLPPolicy(nn.Module):
         row, t = batch.final.at.unbind(1)
         return following.index_put((row, t), self.value(last))
 
-    def remember(self, batch: Batch) -> None:
+    def remember(self, batch: Batch | None) -> None:
         """Include the batch's valid observations in the observation statistics."""
-        if self.moments is not None:
+        if self.moments is not None and batch is not None:
             self.moments.update(batch.obs[batch.mask])
 
     # ---------------------------------------------------------------- acting

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from gymnasium.vector import VectorEnv
 
 
+#: what depends on the action space; the policy refuses what does not fit it
+OF_SPACES = (Can.NETS, Can.REPARAM, Can.ENUMERATE)
+
+
 class GymTask:
     """A control task. Constructing one imports nothing; `check` imports Gymnasium and looks the environment up.
 
@@ -23,7 +27,7 @@ class GymTask:
     """
 
     domain = "control"
-    offers = frozenset({Can.SCORE, Can.KL, Can.VALUE, Can.REFERENCE, Can.FLOW, Can.EPISODES, Can.GROUPS})
+    offers = frozenset({Can.SCORE, Can.KL, Can.VALUE, Can.REFERENCE, Can.FLOW, Can.EPISODES, Can.GROUPS, *OF_SPACES})
 
     def __init__(self, name: str, options: Mapping[str, Any] | None = None) -> None:
         self.name = name

@@ -6,11 +6,12 @@ from collections.abc import Callable
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
+from polopt.method import Update
 from polopt.part import Can
 
 #: How a method uses what it collects: whole episodes; fragments in several epochs or minibatches; one step within a trust
-#: region; or one small gradient step per fragment.
-Style = Literal["episodes", "reuse", "trust", "online"]
+#: region; one small gradient step per fragment; or many on transitions that are kept.
+Style = Literal["episodes", "reuse", "trust", "online", "replay"]
 
 #: families of environments; the first pattern that fits an id decides
 FAMILIES = {
@@ -36,6 +37,8 @@ STYLE: dict[Style, dict[str, Any]] = {
     # RMSProp that starts from a mean square of 1 and forgets it over a hundred steps would stand still for most of a short run
     "online": {"collect.steps": 8, "rule.lr": 2e-3, "rule.alpha": 0.9, "policy.normalize_reward": True},
     "episodes": {"collect.episodes": 8, "rule.lr": 3e-3},
+    # one environment, and a block of as many rounds of updates as decisions; critics see observations and rewards as they are
+    "replay": {"collect.envs": 1, "collect.steps": 32, "policy.hidden": (256, 256), "policy.activation": "relu"},
 }
 #: where a family and a style together want something else
 BOTH: dict[tuple[str, Style], dict[str, Any]] = {
@@ -55,7 +58,9 @@ MATTERS: dict[str, Callable[[Any], bool]] = {
 
 def style_of(method: Any) -> Style:
     """How `method` uses what it collects."""
-    main = method.update()
+    main = method.updates[0] if method.updates else Update()
+    if Can.NETS in method.requires():
+        return "replay"
     if method.requires() & {Can.EPISODES, Can.GROUPS}:
         return "episodes"
     if not hasattr(main.rule, "lr"):
@@ -68,8 +73,9 @@ def preset(env: str, method: Any) -> dict[str, Any]:
     """Dotted settings for environment `env` and a method with these properties; only fields that the method has."""
     family = next((name for pattern, name in FAMILIES.items() if fnmatchcase(env, pattern)), "")
     style = style_of(method)
-    wanted = {"threads": 1, "collect.envs": 8, **STYLE[style], **ENVIRONMENT.get(family, {}), **BOTH.get((family, style), {})}
-    main = method.update()
+    kept = {k: v for k, v in ENVIRONMENT.get(family, {}).items() if style != "replay" or k not in (*SCALED, "advantage.gamma")}
+    wanted = {"threads": 1, "collect.envs": 8, **STYLE[style], **kept, **BOTH.get((family, style), {})}
+    main = method.updates[0] if method.updates else Update()
     if style == "episodes" and getattr(method.sampler, "group_size", 1) > 1:
         wanted["collect.episodes"] = 4  # start seeds, each with a group of episodes
     chosen: dict[str, Any] = {}

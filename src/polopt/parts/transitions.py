@@ -1,0 +1,59 @@
+"""Helpers of parts that work on transitions (s, a, r, s'), one decision per row or several."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from polopt.batch import Batch
+from polopt.errors import CallError
+
+#: How the numbers of an ensemble become one: the smallest, the mean, or the first member's.
+Pool = Literal["min", "mean", "first"]
+
+
+def seen(batch: Batch) -> Float[Tensor, "N D"]:
+    """Observations of all decisions, one per row."""
+    obs: Tensor = batch.obs.flatten(0, 1)
+    return obs
+
+
+def taken(batch: Batch) -> Tensor:
+    """Actions of all decisions, one per row: [N,A], or [N] indices."""
+    action: Tensor = batch.action.flatten(0, 1)
+    return action
+
+
+def following(batch: Batch) -> Float[Tensor, "N D"]:
+    """True next observations; raises `CallError` on a batch that is no sample of transitions."""
+    if batch.next_obs is None:
+        raise CallError("the batch holds no next observations: this part needs transitions, from source 'ring' or 'dataset'")
+    obs: Tensor = batch.next_obs.flatten(0, 1)
+    return obs
+
+
+def discount(batch: Batch, gamma: float) -> Float[Tensor, " N"]:
+    """gamma^m (1 - terminated), m the decisions folded into a transition: truncation bootstraps, termination does not."""
+    if batch.terminated is None:
+        raise CallError("the batch does not say which decisions ended an episode (terminated)")
+    going = (~batch.terminated).flatten()
+    steps = batch.row.get("steps")
+    if steps is None:
+        return going.to(torch.get_default_dtype()) * gamma
+    return going.to(steps.dtype) * gamma ** steps.repeat_interleave(batch.shape[1]) if batch.shape[1] > 1 else going * gamma**steps
+
+
+def rewards(batch: Batch) -> Float[Tensor, " N"]:
+    """Rewards with channels added up, one per decision."""
+    return batch.scalar_reward().flatten()
+
+
+def pooled(values: Float[Tensor, "E N K"], how: Pool) -> Float[Tensor, " N"]:
+    """One number per decision: atoms averaged, members pooled."""
+    mean = values.squeeze(-1) if values.shape[-1] == 1 else values.mean(-1)
+    if how == "first":
+        return mean[0]
+    return mean.amin(0) if how == "min" else mean.mean(0)
