@@ -1,4 +1,4 @@
-"""Tasks by name: `gym:<id>`, `text:<name>`, `data:<path or id>`, `table:`, `point:` and `bandit:<name>`, `file.py:NAME`."""
+"""Tasks by name: `gym:<id>`, `text:<name>`, `data:<path or id>`, `table:`, `point:`, `bandit:` and `dataset:<name>`, `file.py:NAME`."""
 
 from __future__ import annotations
 
@@ -18,6 +18,11 @@ FAMILIES = {
     "text": ("polopt.tasks.mini", "text_task", "any reasoning-gym task, e.g. text:spell_backward"),
     "data": ("polopt.tasks.data", "DataTask", "a JSONL or Parquet file or data set id with prompts, e.g. data:questions.jsonl"),
     "table": ("polopt.tasks.table", "TableTask", "an exact little world: arms, tree, bank, lengths or style, e.g. table:tree"),
+    "dataset": (
+        "polopt.tasks.logs",
+        "DatasetTask",
+        "an environment with data to learn from, e.g. dataset:pendulum-logs?noise=0.3, or a Minari dataset's folder or id",
+    ),
     "point": ("polopt.tasks.point", "PointTask", "point robots: open, two, hidden, ring, routes, bends or team, e.g. point:two"),
     "bandit": (
         "polopt.tasks.bandit",
