@@ -238,10 +238,10 @@ class Method:
         return [*(self.parent.chain() if self.parent else []), self]
 
     def needs(self, update: Update | None = None) -> frozenset[str]:
-        """Statistics `name@view` that the parts of `update` (default: all updates), rewards and advantages need."""
+        """Statistics `name@view` that the parts of `update` (default: all updates), samplers, rewards and advantages need."""
         updates = self.updates if update is None else (update,)
         acting = union(union(p.needs for _, p in self.slots(u).acting()) | u.rule.needs for u in updates)
-        before = union(p.needs for p in self.reward)
+        before = union(p.needs for p in (self.allocator, self.sampler, self.decoder, *self.reward) if p is not None)
         before |= union(a.needs for u in updates if (a := self.slots(u).advantage) is not None)
         if any(u.target_kl is not None for u in updates):
             acting |= {"logp@old", "logp@now"}  # the divergence that stops the epochs is estimated from them

@@ -37,6 +37,7 @@ class Problem:
     advantage: Tensor | None
     clock: Clock
     log_ratio: list[Tensor] = field(default_factory=list)
+    seen: list[dict[str, Tensor]] = field(default_factory=list)  # statistics of the policy as the step saw them
     totals: Totals = None  # type: ignore[assignment]  # counted where it is not given
 
     def __post_init__(self) -> None:
@@ -78,10 +79,13 @@ class Problem:
         self.executor.clear()
         total: Diagnostics = {}
         self.log_ratio.clear()
+        self.seen.clear()
         for batch, advantage in self._micro():
             loss, info, batch, now = self._loss(batch, advantage)
             loss.backward(inputs=self.executor.inputs)  # type: ignore[no-untyped-call]
             add_up(total, {"loss": loss.detach(), **info})
+            if self.executor.observe_minibatch:
+                self.seen.append({f"{k}@now": v.detach() for k, v in now.items()})
             if "logp" in now and "logp@old" in batch.stats:
                 self.log_ratio.append((now["logp"].detach() - batch.stats["logp@old"])[batch.mask])
         return total
@@ -201,8 +205,6 @@ class Executor:
                 ratios += log_ratio
                 kl = kl + info.get("kl_old", torch.zeros(()))
                 inside += 1
-                if self.observe_minibatch:
-                    self.observe_minibatch(part)
             steps += inside
             if self.update.target_kl is not None and float(kl) / inside > self.update.target_kl:
                 break
@@ -211,6 +213,9 @@ class Executor:
     def _step(self, batch: Batch, advantage: Tensor | None, clock: Clock) -> tuple[Diagnostics, list[Tensor]]:
         problem = Problem(self, batch, advantage, clock)
         info = self.stepper.step(problem)
+        if self.observe_minibatch:
+            names = problem.seen[0] if problem.seen else {}
+            self.observe_minibatch(batch.adding({k: torch.cat([s[k] for s in problem.seen]) for k in names}))
         return info, problem.log_ratio
 
     def once(self, batch: Batch, totals: Totals, clock: Clock) -> Diagnostics:
