@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from polopt.batch import Batch
+from polopt.draws import Draws
 from polopt.objective import Now
-from polopt.part import Part, call
+from polopt.part import Part, ask, call
 from polopt.parts.advantage.gae import GAE, NStep
 from polopt.parts.advantage.group import GroupBaseline
 from polopt.parts.advantage.monte_carlo import MonteCarlo
@@ -20,12 +21,14 @@ from polopt.parts.critic import ValueLoss
 from polopt.parts.penalty.adaptive_kl import AdaptiveKL
 from polopt.parts.penalty.entropy import EntropyBonus
 from polopt.parts.penalty.kl import KLToReference
+from polopt.parts.penalty.kl_cov import KLCov
 from polopt.parts.reward.kl import KLInReward
 from polopt.parts.reward.overlong import SoftOverlong
 from polopt.parts.select.truncated import DropTruncated
 from polopt.parts.surrogate.capped_weight import CappedWeight
 from polopt.parts.surrogate.clip import Clip, SequenceClip
 from polopt.parts.surrogate.score import Ratio, ScoreFunction
+from polopt.parts.surrogate.soft_gate import SoftGate
 from polopt.parts.weight.truncated_importance import TruncatedImportance
 
 STATS = ("logp@now", "value@now", "entropy@now", "logp@old", "logp@ref", "logp@behaviour", "value@old", "value_next@old")
@@ -40,7 +43,7 @@ ADVANTAGES: list[Part] = [
 OTHERS: list[Part] = [
     KLInReward(), KLInReward(form="sequence"), SoftOverlong(), TruncatedImportance(), ScoreFunction(), Ratio(), Clip(),
     Clip(dual=2.0), SequenceClip(), CappedWeight(), EntropyBonus(), KLToReference(), AdaptiveKL(), ValueLoss(), ValueLoss(clip=0.2),
-    DropTruncated(),
+    DropTruncated(), SoftGate(), KLCov(share=0.3),
 ]  # fmt: skip
 EVERY = [*ADVANTAGES, *OTHERS]
 IDS = [p.describe() for p in EVERY]
@@ -83,5 +86,10 @@ def run(part: Part, batch: Batch, x: Mapping[str, Tensor], read: set[str] | None
     now = Noted(
         {k.removesuffix("@now"): v for k, v in x.items() if k.endswith("@now")}, read if read is not None else set(), "@now"
     )
-    out: Tensor = call(part, batch=batch, now=now, advantage=x["advantage"], memory=part.initial(), valid=batch.mask)
+    given: dict[str, Any] = {"now": now, "advantage": x["advantage"], "memory": part.initial(), "valid": batch.mask}
+    if part.surveys:
+        rng = Draws(torch.Generator().manual_seed(0))
+        found = ask(part.survey, batch=batch, **given, rng=rng, surrogate=Clip())  # type: ignore[attr-defined]
+        batch = replace(batch, stats=Noted({**batch.stats, **found}, set() if read is None else read))
+    out: Tensor = call(part, batch=batch, **given)
     return out

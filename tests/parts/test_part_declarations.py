@@ -36,7 +36,7 @@ def test_parts_read_the_statistics_that_they_declare(part: Part) -> None:
     if isinstance(part, AdaptiveKL):
         later = replace(batch, stats=Noted({**batch.stats, "logp@stepped": x["logp@ref"]}, read))
         part.observe("stepped", batch=later, memory=part.initial())
-    assert read - {"return@old"} == part.needs | (part.reads - {"group"})  # the return is made from the advantage part
+    assert read - {"return@old", *part.surveys} == part.needs | (part.reads - {"group"})  # the return is made from the advantage part
 
 
 @pytest.mark.parametrize("part", EVERY, ids=IDS)

@@ -12,8 +12,10 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from polopt.batch import Batch, Totals
+from polopt.draws import Draws
 from polopt.objective import Now
-from polopt.part import KINDS, Part, Range, call, hints, make_part, part_names
+from polopt.part import KINDS, Part, Range, ask, call, hints, make_part, part_names
+from polopt.parts.surrogate.clip import Clip
 
 torch.set_num_threads(1)
 EVERY = [(kind, name) for kind in KINDS for name in part_names(kind)]
@@ -47,6 +49,10 @@ def loss_of(part: Part, mask: Tensor, data: dict[str, Tensor]) -> Tensor:
     batch = Batch(mask=mask, stats=stats, row={"truncated": torch.tensor([0.0, 1.0, 0.0, 0.0])}, horizon=3)
     now = Now({k.removesuffix("@now"): v for k, v in stats.items() if k.endswith("@now")})
     given: dict[str, Any] = {"batch": batch, "now": now, "advantage": data["advantage"], "memory": part.initial(), "valid": mask}
+    if part.surveys:
+        rng = Draws.given([data["value@now"].flatten()])
+        found = ask(part.survey, **given, rng=rng, surrogate=Clip())  # type: ignore[attr-defined]
+        given["batch"] = batch.adding(found)
     out: Tensor = call(part, **given, loss=torch.where(mask, data["logp@now"], 0.0), totals=Totals.of(mask))
     return out
 

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from polopt import objective
 from polopt.batch import Batch
+from polopt.draws import Draws
 from polopt.evidence.proof.batches import random_batches
+from polopt.memory import Memory
 from polopt.method import Method, Update
 from polopt.part import Can, union
 from polopt.stats import split
@@ -66,7 +68,7 @@ def _grouped(method: Method) -> bool:
 
 def evaluated(method: Method, update: Update, batch: Batch, cuts: Sequence[slice]) -> tuple[Tensor, dict[str, Tensor]]:
     """(loss, gradient in every statistic of the present policy) of the whole update batch, added up over pieces of rows."""
-    memory = method.memory()
+    memory = method.memory(batch.units.get("item", 0))
     leaves = {k: v.detach().clone().requires_grad_() for k, v in batch.stats.items() if k.endswith("@now")}
     batch = replace(batch, stats={**batch.stats, **leaves})
     slots = method.slots(update)
@@ -74,6 +76,7 @@ def evaluated(method: Method, update: Update, batch: Batch, cuts: Sequence[slice
     if "critic" in update.terms and slots.critic is not None:
         batch = batch.adding({"return@old": objective.returns(method, update, batch, memory)})
     totals = method.totals(batch, memory, update=update.name)
+    batch = surveyed(method, update, batch, advantage, memory)
     total = torch.zeros((), dtype=torch.float64)
     for rows in cuts:
         piece, given = batch.rows(rows), None if advantage is None else advantage[rows]
@@ -84,6 +87,13 @@ def evaluated(method: Method, update: Update, batch: Batch, cuts: Sequence[slice
         total = total + loss.detach().double()
     b, t = batch.shape
     return total, {k: torch.zeros(b, t) if x.grad is None else x.grad for k, x in leaves.items()}
+
+
+def surveyed(method: Method, update: Update, batch: Batch, advantage: Tensor | None, memory: Memory) -> Batch:
+    """The batch with what parts must know of the whole of it, from the same random numbers in every call."""
+    now = {n: batch.stats[f"{n}@now"].detach() for n in split(method.needs(update)).get("now", frozenset())}
+    rng = Draws(torch.Generator().manual_seed(1))
+    return batch.adding(objective.survey(method.slots(update), batch, now, advantage, memory, rng))
 
 
 def _rows(batch: Batch, cuts: Sequence[int]) -> list[slice]:
