@@ -12,6 +12,7 @@ from polopt.errors import CallError
 from polopt.method import Method
 from polopt.overrides import Resolved, resolve
 from polopt.part import Part
+from polopt.recipe import acting
 from polopt.run import RunFolder
 
 if TYPE_CHECKING:
@@ -229,7 +230,7 @@ def load(
     folder = RunFolder.open(run)
     resolved = read_run(folder, {} if device is None else {"device": device}, method, task)
     state = folder.load_checkpoint(_which(which))
-    policy = make_policy(resolved.task, resolved.method, resolved.settings)
+    policy = make_policy(resolved.task, acting(resolved.method, state), resolved.settings)
     policy.load(state["policy"])
     return policy
 
@@ -245,9 +246,9 @@ def evaluate(
     over = {"evaluate.episodes": episodes, "evaluate.greedy": greedy, "device": device}
     resolved = read_run(folder, {k: v for k, v in over.items() if v is not None})
     state = folder.load_checkpoint(_which(which))
-    policy = make_policy(resolved.task, resolved.method, resolved.settings)
+    policy = make_policy(resolved.task, acting(resolved.method, state), resolved.settings)
     policy.load(state["policy"])
-    collector = make_collector(resolved.task, policy, resolved.method, resolved.settings)
+    collector = make_collector(resolved.task, policy, acting(resolved.method, state), resolved.settings)
     try:
         return collector.evaluate(resolved.settings.evaluate.episodes)
     finally:

@@ -8,9 +8,10 @@ from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from typing import Any
 
-from polopt.method import Method
+from polopt.method import UPDATE_SLOTS, Method
 from polopt.part import Part
 from polopt.paths import Leaf, Slot, method_leaves
+from polopt.recipe import Recipe, stages_of
 
 WIDTH = 120
 
@@ -31,10 +32,17 @@ def explain(method: Method) -> str:
     if method.builds_on:
         lines += ["", *_wrap("", f"Builds on: {', '.join(method.builds_on)}")]
     lines += ["", "Parts:"]
+    own = super(Recipe, method).parts() if isinstance(method, Recipe) else method.parts()
     for path, part in method.parts().items():
+        if path not in own and not _differs(method, path, part, own):
+            continue
         lines += _wrap("  ", f"{path:<22} {part.describe()}")
         lines += [line for text in _about(part) for line in _wrap("      ", text)]
     lines += ["", "Updates:", *(line for u in method.updates for line in _wrap("  ", f"{u.name}: {_summary(method, u.name)}"))]
+    if stages := stages_of(method):
+        rounds = f", {method.repeat} rounds" if isinstance(method, Recipe) and method.repeat > 1 else ""
+        lines += ["", f"Stages, within one budget{rounds}:"]
+        lines += [line for s in stages for line in _wrap("  ", f"{s.name}: {_stage(method, s.name)}")]
     if needs := sorted(method.requires()):
         lines += ["", f"Needs of policy and task: {', '.join(needs)}"]
     if statistics := [*sorted(method.needs()), *sorted({r for p in method.parts().values() for r in p.reads})]:
@@ -69,6 +77,16 @@ def compare(a: Method, b: Method) -> tuple[list[str], int]:
             continue
         x, y = mine.get(path), other.get(path)
         if x is None or y is None:
+            if path == "repeat":  # of a recipe; other methods run once
+                once, many = sorted((leaf.value if leaf else 1) for leaf in (x, y))
+                lines += [f"{path}: {x.value if x else 1} -> {y.value if y else 1}"] if once != many else []
+                continue
+            name = path.split(".")[1] if path.startswith("stages.") else ""
+            if name and name not in {s.name for s in stages_of(a if x is None else b)}:
+                done.append(f"stages.{name}")
+                shown = [_stage(m, name) if leaf else "(absent)" for m, leaf in ((a, x), (b, y))]
+                lines.append(f"stages.{name}: {' -> '.join(shown)}")
+                continue
             missing = (
                 ".".join(path.split(".")[:2]) if path.startswith("updates.") and not _has(a if x is None else b, path) else path
             )
@@ -100,6 +118,38 @@ def _entry(method: Method, path: str, leaf: Leaf | None) -> str:
     if leaf is None:
         return "(absent)"
     return _summary(method, path.split(".")[1]) if path.count(".") == 1 and path.startswith("updates.") else _describe(leaf.value)
+
+
+def _stage(method: Method, name: str) -> str:
+    """A stage in one line: its length, what it takes over, and its settings where they are not the recipe's own."""
+    assert isinstance(method, Recipe)
+    stage = method.stage(name)
+    words = [stage.length]
+    if stage.takes and (method.repeat > 1 or stage != method.stages[0]):
+        words.append(f"takes over {' and '.join(stage.takes)}")
+    return ", ".join([*words, *(_own(method.own(), stage.method) if stage.method else ())])
+
+
+def _differs(method: Method, path: str, part: Part, own: Mapping[str, Part]) -> bool:
+    """Whether a stage's part acts and is not the recipe's own."""
+    _, name, inner = path.split(".", 2)
+    stage = next(s for s in stages_of(method) if s.name == name)
+    return own.get(inner) != part and stage.method is not None and _acts(stage.method, inner)
+
+
+def _acts(method: Method, path: str) -> bool:
+    """Whether a slot acts at all: those of losses do in updates alone."""
+    slot = path.partition(".")[0]
+    return bool(method.updates) or slot not in UPDATE_SLOTS or slot == "advantage"
+
+
+def _own(base: Method, method: Method) -> Iterator[str]:
+    """In what a stage's method differs from the recipe's own parts, as far as it acts."""
+    for line in compare(base, method)[0]:
+        path, _, values = line.partition(": ")
+        value = values.rpartition(" -> ")[2]
+        if _acts(method, path):
+            yield f"no {path}" if value == "(absent)" else f"{path} {value}"
 
 
 def _summary(method: Method, update: str) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from polopt.errors import CallError
 from polopt.method import Method
 from polopt.paths import Leaf, Slot, canonical, coerce, find, method_leaves, replace_at, settings_leaves, type_text
+from polopt.recipe import OWN_SETTINGS, stages_of
 from polopt.registry import get_method
 from polopt.settings import Settings
 
@@ -148,12 +149,28 @@ def _presets(task: Task, method: Method) -> dict[str, _Wanted]:
         full = canonical(path, method)
         if _is_setting(full) or full in method_leaves(method):
             found[full] = _Wanted(full, path, value, f"preset of {task.name}", _slot_leaf(path, method) is not None)
+    for stage in stages_of(method):
+        if stage.method is not None:
+            found |= _stage_presets(task, stage.name, stage.method, found)
+    return found
+
+
+def _stage_presets(task: Task, name: str, method: Method, whole: Mapping[str, _Wanted]) -> dict[str, _Wanted]:
+    """The preset for the method of a stage; of settings of the run those that a stage may have and that differ."""
+    found = {}
+    for path, preset in _presets(task, method).items():
+        own = path.partition(".")[0] in OWN_SETTINGS and not (path in whole and whole[path].value == preset.value)
+        if own or not _is_setting(path):
+            full = f"stages.{name}.{path}"
+            found[full] = replace(preset, path=full, given=f"stages.{name}.{preset.given}")
     return found
 
 
 def _free(preset: _Wanted, wanted: Mapping[str, _Wanted]) -> bool:
-    """Whether the user leaves this value to the task: neither set nor part of something that the user replaced."""
-    return preset.path not in wanted and not any(w.slot and preset.path.startswith(f"{w.path}.") for w in wanted.values())
+    """Whether the user leaves this value to the task: neither set (for a stage: nor for the run) nor part of what was replaced."""
+    inner = preset.path.split(".", 2)[2] if preset.path.startswith("stages.") else ""
+    set_ = preset.path in wanted or (inner in wanted and _is_setting(inner))
+    return not set_ and not any(w.slot and preset.path.startswith(f"{w.path}.") for w in wanted.values())
 
 
 def _choices(

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from polopt.errors import CallError
 from polopt.method import PLURAL, SLOTS, UPDATE_SLOTS, Method, Update
 from polopt.part import KINDS, Part, Range, hints, make_part
+from polopt.recipe import OWN_SETTINGS, STAGE_FIELDS, Recipe, Stage, stages_of
 from polopt.settings import Settings
 
 T = TypeVar("T")
@@ -75,7 +76,24 @@ def method_leaves(method: Method) -> dict[str, Leaf]:
         found += [Leaf(prefix + name, annotations[name], getattr(u, name)) for name in UPDATE_FIELDS]
         found += [Leaf(f"{prefix}rule", Slot("rule"), u.rule), *_fields(u.rule, f"{prefix}rule.")]
         found += [leaf for leaf in _slots(u, UPDATE_SLOTS, prefix) if leaf.value is not None]
+    if isinstance(method, Recipe):
+        found += [Leaf("repeat", hints(Recipe)["repeat"], method.repeat), *(leaf for s in method.stages for leaf in _stage(s))]
     return {leaf.path: leaf for leaf in found}
+
+
+def _stage(stage: Stage) -> Iterator[Leaf]:
+    """What can be set of a stage of a recipe: its own fields, settings of the run that it changes, and its method's."""
+    prefix = f"stages.{stage.name}."
+    yield from (Leaf(prefix + name, hints(Stage)[name], getattr(stage, name)) for name in STAGE_FIELDS)
+    yield from (Leaf(prefix + p, leaf.type, stage.settings[p]) for p, leaf in _own_settings().items() if p in stage.settings)
+    if stage.method is not None:
+        yield from (dataclasses.replace(leaf, path=prefix + path) for path, leaf in method_leaves(stage.method).items())
+
+
+@functools.cache
+def _own_settings() -> Mapping[str, Leaf]:
+    """Settings of a run that a stage may have for itself."""
+    return {p: leaf for p, leaf in settings_leaves(Settings()).items() if p.partition(".")[0] in OWN_SETTINGS}
 
 
 def _slots(owner: Any, names: Sequence[str], prefix: str) -> Iterator[Leaf]:
@@ -110,11 +128,13 @@ def canonical(path: str, method: Method) -> str:
     Paths that are unknown come back as they are.
     """
     head, _, rest = path.partition(".")
-    main = method.update()
+    main = method.updates[0] if method.updates else Update()
     if head == "task" and rest:
         return f"options.{rest}"
     if head in SECTIONS:
         return path
+    if head == "stages":
+        return _in_stage(path, method)
     if head == "rule":
         return f"updates.{main.name}.{path}"
     if head in UPDATE_SLOTS and getattr(main, head) is not None:  # the method's own part would not act there
@@ -127,6 +147,16 @@ def canonical(path: str, method: Method) -> str:
             if prefix + path in known:
                 return prefix + path
     return _in_plural(path, method, known)
+
+
+def _in_stage(path: str, method: Method) -> str:
+    """`stages.estimate.lr` as `stages.estimate.updates.policy.rule.lr`; of a stage with the recipe's own parts, what `lr` means."""
+    _, name, inner = (*path.split(".", 2), "", "")[:3]
+    stage = next((s for s in stages_of(method) if s.name == name), None)
+    head = inner.partition(".")[0]
+    if stage is None or head in ("", *STAGE_FIELDS, *SECTIONS):
+        return path
+    return canonical(inner, method) if stage.method is None else f"stages.{name}.{canonical(inner, stage.method)}"
 
 
 def _in_plural(path: str, method: Method, known: Mapping[str, Leaf]) -> str:
@@ -155,8 +185,8 @@ def find(path: str, method: Method, settings: Settings, source: str = "", *, ful
             return leaves[full]
         if full.startswith("options."):
             return Leaf(full, Any, None)
-        if (slot := _update_slot(full, method)) is not None:
-            return slot
+        if (open_ := _update_slot(full, method) or _stage_setting(full, method)) is not None:
+            return open_
     leaves = settings_leaves(settings) | method_leaves(method)
     if any(p.startswith(f"{path}.") for p in leaves):
         inside = sorted(p for p in leaves if p.startswith(f"{path}."))
@@ -172,13 +202,21 @@ def _update_slot(path: str, method: Method) -> Leaf | None:
     return Leaf(path, Slot(slot, slot in PLURAL), None) if head == "updates" and known and slot in UPDATE_SLOTS else None
 
 
+def _stage_setting(path: str, method: Method) -> Leaf | None:
+    """A setting of the run that a stage could have for itself but does not yet (`stages.estimate.collect.prompts`)."""
+    _, name, inner = (*path.split(".", 2), "", "")[:3]
+    known = path.startswith("stages.") and any(s.name == name for s in stages_of(method))
+    return Leaf(path, _own_settings()[inner].type, None) if known and inner in _own_settings() else None
+
+
 def suggestion(path: str, known: Sequence[str], method: Method) -> str:
     """`, did you mean 'surrogate.high'?`, or what lies in the same section, or where the list is."""
     last = path.rpartition(".")[2]
-    main = f"updates.{method.update().name}."
+    main = f"updates.{method.updates[0].name}." if method.updates else ""
     short = {p.removeprefix(main).removeprefix("rule."): p for p in known}
     same = [p for p in known if p.rpartition(".")[2] == last]
-    close = same[:1] or difflib.get_close_matches(path, [*known, *short], n=1, cutoff=0.6)
+    close = difflib.get_close_matches(path, same, n=1, cutoff=0)
+    close = close or difflib.get_close_matches(path, [*known, *short], n=1, cutoff=0.6)
     if not close:
         ends: dict[str, str] = {}
         for p in known:
@@ -342,6 +380,10 @@ def replace_at(owner: T, path: Sequence[str], value: Any) -> T:
     head, rest = path[0], path[1:]
     if isinstance(owner, Mapping):
         return typing.cast(T, {**owner, ".".join(path): value})
+    if isinstance(owner, Stage) and head in OWN_SETTINGS:
+        return dataclasses.replace(owner, settings={**owner.settings, ".".join(path): value})
+    if isinstance(owner, Stage) and head not in STAGE_FIELDS:
+        return dataclasses.replace(owner, method=replace_at(owner.method, path, value))
     if isinstance(owner, tuple):
         return typing.cast(T, tuple(replace_at(item, rest, value) if item.name == head else item for item in owner))
     new = value if not rest else replace_at(getattr(owner, head), rest, value)

@@ -17,7 +17,10 @@ from typing import TYPE_CHECKING, Any
 from polopt.config import load_config
 from polopt.errors import CallError
 from polopt.loops.improve import Improve
+from polopt.loops.stages import Staged
+from polopt.loops.whole import Loop
 from polopt.overrides import Layer, Resolved, resolve
+from polopt.recipe import Recipe
 from polopt.run import RunFolder
 
 if TYPE_CHECKING:
@@ -45,7 +48,7 @@ def drive(
     observers: Sequence[Observer] = (),
     *,
     resuming: bool = False,
-    prepare: Callable[[Improve], None] | None = None,
+    prepare: Callable[[Loop], None] | None = None,
 ) -> Run:
     """Build a run and carry it out; with `resuming`, from the last checkpoint of its folder.
 
@@ -55,7 +58,7 @@ def drive(
 
     with _interruptible() as control:
         try:
-            run = Improve(resolved.method, resolved.task, resolved.settings, folder=folder, observers=observers)
+            run = build_run(resolved, folder, observers)
             if resuming:
                 run.resume()
             if prepare is not None:
@@ -67,6 +70,14 @@ def drive(
         control.run = run
         summary = run.run()
     return Run(folder.path if folder else None, summary, run.policy, control.signal)
+
+
+def build_run(resolved: Resolved, folder: RunFolder | None = None, observers: Sequence[Observer] = ()) -> Loop:
+    """The loop that carries out a resolved run: `Staged` for a recipe, else `Improve`."""
+    method, task, settings = resolved.method, resolved.task, resolved.settings
+    if isinstance(method, Recipe):
+        return Staged(method, task, settings, folder=folder, observers=observers)
+    return Improve(method, task, settings, folder=folder, observers=observers)
 
 
 def _withdraw(folder: RunFolder, error: BaseException) -> None:
@@ -96,7 +107,7 @@ def default_out(resolved: Resolved) -> Path:
 
 @dataclass
 class _Control:
-    run: Improve | None = None
+    run: Loop | None = None
     signal: int | None = None
 
 
@@ -139,4 +150,4 @@ def read_run(
     return resolve(method or config.method, task or config.task, layers, name=config.name)
 
 
-__all__ = ["Run", "default_out", "drive", "read_run"]
+__all__ = ["Run", "build_run", "default_out", "drive", "read_run"]

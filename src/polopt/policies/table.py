@@ -128,6 +128,10 @@ class TablePolicy:
         both = {"value": value, "value_next": next_valid(value, batch.mask)}
         return {k: v for k, v in both.items() if k in want}
 
+    def refer(self) -> None:
+        """The tables as they are now become the reference."""
+        self.reference = self.table().detach().clone()
+
     def tokens(self, batch: Batch) -> int:
         """Decisions of the batch: what a pass over it processes."""
         return int(batch.mask.sum())

@@ -100,8 +100,10 @@ class DataTask:
 
     # ---------------------------------------------------------------- items
     def items(self, split: Split) -> Sequence[Item]:
-        """Training items, or held-out items; no prompt is in both."""
-        return self._splits[split]
+        """Training items, or held-out items; no prompt is in both. Starts the processes of rewards, also after `close`."""
+        found = self._splits
+        self.rewards.open(self._answer_column(found["train"][0].columns))
+        return found[split]
 
     @functools.cached_property
     def _splits(self) -> dict[str, list[Item]]:

@@ -115,6 +115,18 @@ def on_policy(batch: Batch) -> Batch:
     return batch.adding({"logp@now": batch.stat("logp@old").clone()})
 
 
+@condition("at-reference", "the policy at the reference", "content")
+def at_reference(batch: Batch) -> Batch:
+    """The log-probabilities are those of the reference."""
+    return batch.adding({"logp@now": batch.stat("logp@ref").clone()})
+
+
+@condition("pairs", "groups of two", "mask")
+def pairs(batch: Batch) -> Batch:
+    """Rows form groups of two, the last one perhaps of one."""
+    return batch.with_key("group", torch.arange(batch.shape[0]) // 2)
+
+
 @condition("value-is-group-mean", "a value that predicts the mean return of the group", "content")
 def value_is_group_mean(batch: Batch) -> Batch:
     """V(s_t) is the mean return of the row's group less what the row has received before t."""

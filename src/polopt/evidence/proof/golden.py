@@ -7,6 +7,7 @@ bits. Elsewhere the recorded batches take the collector's place, so that nothing
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import platform
 from collections.abc import Mapping, Sequence
@@ -24,8 +25,10 @@ from polopt.errors import CallError
 from polopt.evidence.proof import packed
 from polopt.interfaces import State
 from polopt.loops.improve import Improve
+from polopt.loops.stages import Staged
 from polopt.method import Method
 from polopt.overrides import resolve
+from polopt.recipe import Recipe
 from polopt.tree import fill, strip
 
 UPDATES = 50
@@ -70,22 +73,30 @@ class Outcome:
 
 
 # -------------------------------------------------------------------- running
+@dataclass
+class Tape:
+    """The batches of all iterations: `kept` as they were collected, or `given` by a recording, `played` so far."""
+
+    given: Sequence[Mapping[str, Batch]] | None = None
+    kept: list[dict[str, Batch]] = field(default_factory=list)
+    played: int = 0
+
+
 class Recorder(Improve):
     """A run that keeps the batches of its iterations, or takes them from a recording instead of collecting."""
 
-    given: Sequence[Mapping[str, Batch]] | None = None
-
-    def __init__(self, *args: Any, **named: Any) -> None:
+    def __init__(self, *args: Any, tape: Tape, **named: Any) -> None:
         super().__init__(*args, **named)
-        self.kept: list[dict[str, Batch]] = []
+        self.tape = tape
 
     def collect(self, clock: Clock) -> dict[str, Batch]:
         """What the collector returned (kept), or what was recorded for this iteration."""
-        if self.given is None:
+        if self.tape.given is None:
             batches = super().collect(clock)
-            self.kept.append(batches)
+            self.tape.kept.append(batches)
             return batches
-        batches = {k: replace(b, clock=clock) for k, b in self.given[self.updates].items()}
+        batches = {k: replace(b, clock=clock) for k, b in self.tape.given[self.tape.played].items()}
+        self.tape.played += 1
         for batch in batches.values():
             self.observe("drawn", batch)
         return batches
@@ -109,17 +120,19 @@ def trace(
     """Run `updates` iterations, live or on recorded batches from a recorded start."""
     fixed = {**settings, "budget": f"{updates}-updates", "optim.compile": "never", "threads": 1, "device": "cpu"}
     resolved = resolve(method, task, fixed, sources="golden trajectory")
-    run = Recorder(resolved.method, resolved.task, resolved.settings)
+    tape = Tape(batches)
+    make = functools.partial(Recorder, tape=tape)
+    chosen = resolved.method, resolved.task, resolved.settings
+    run = Staged(resolved.method, *chosen[1:], loop=make) if isinstance(resolved.method, Recipe) else make(*chosen)
     try:
         if start is not None:
             run.policy.load(start)
-        run.given = batches
         found = Trace(start=_copy(run.policy.state()), chain=[fingerprint(run.flat.data)])
         for _ in range(updates):
             run.step()
             found.chain.append(fingerprint(run.flat.data))
             found.sketch.append(sketch(run.flat.data))
-        found.final, found.batches = run.flat.data.detach().clone(), run.kept
+        found.final, found.batches = run.flat.data.detach().clone(), tape.kept
     finally:
         run.collector.close()
     return found

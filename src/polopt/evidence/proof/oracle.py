@@ -104,7 +104,7 @@ def expected_gradient(
 ) -> dict[str, Tensor]:
     """sum_u p(u) grad loss({u}) over units of `size` consecutive rows; p is each unit's `row["probability"]`. Keys: parameters."""
     update = update or method.update()
-    memory, want = method.memory(), split(method.needs(update)).get("now", frozenset())
+    memory, want = method.memory(policy.world.prompts), split(method.needs(update)).get("now", frozenset())
     named = dict(policy.net.named_parameters())
     total = {k: torch.zeros_like(v) for k, v in named.items()}
     for first in range(0, batch.shape[0], size):
@@ -129,7 +129,7 @@ def reward_table(method: Method, policy: TablePolicy) -> Float[Tensor, "P N V"] 
     world = policy.world
     batch = exact.enumerate_answers(world, policy)
     with torch.no_grad():
-        reward = objective.shaped(method, batch, method.memory()).scalar_reward()
+        reward = objective.shaped(method, batch, method.memory(world.prompts)).scalar_reward()
     table = torch.zeros_like(world.initial)
     rows = batch.keys["item"][:, None].expand_as(batch.mask), batch.obs, batch.action
     table[tuple(r[batch.mask] for r in rows)] = reward[batch.mask]

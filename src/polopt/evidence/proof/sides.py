@@ -46,6 +46,10 @@ def outside_loss(child: Method, parent: Method) -> tuple[str, ...]:
         if (inner and keys[1] not in common) or (keys[2] if inner else keys[0]) in (*IN_LOSS, "terms", "trains"):
             continue
         a, b = mine.get(path), theirs.get(path)
+        if keys[0] in ("stages", "repeat") and (a is None or b is None):  # a whole stage; other methods run once
+            stage = ".".join(keys[:2])
+            found += [stage] if len(keys) > 1 and stage not in found else []
+            continue
         if any(path.startswith(f"{p}.") for p in replaced) or (a and b and (a.value == b.value or _same_kind(a, b))):
             continue
         if a and isinstance(a.type, Slot):
@@ -136,7 +140,7 @@ def losses(method: Method, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     nets = union(frozenset(u.trains) for u in method.updates) | {"value"}
     gradients = {k: torch.zeros_like(v) for k, v in leaves.items()}
     total = torch.zeros((), dtype=torch.float64)
-    memory = method.memory()
+    memory = method.memory(batch.units.get("item", 0))
     for u in method.updates:
         loss, _ = method.loss(batch.adding(leaves), memory, update=u.name, rng=torch.Generator().manual_seed(1))
         total = total + loss.detach()

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from polopt.batch import Batch
-from polopt.columns import next_valid
+from polopt.columns import next_valid, pad_axis
 from polopt.errors import CallError, PoloptError
 from polopt.interfaces import State
 from polopt.part import Can
@@ -91,6 +91,15 @@ class LMPolicy:
             raise CallError(f"policy.engine = 'fast' does not know the architecture '{kind}'; use policy.engine=auto or general")
         return FastEngine(backbone)
 
+    def refer(self) -> None:
+        """The parameters as they are now become the reference, where one is kept. Raises `CallError` for adapters."""
+        if self.backbone.lora:
+            raise CallError("with LoRA the reference is the model without adapters; set policy.lora=0 where stages hand one over")
+        if self._reference is not None:
+            frozen = self._reference[0]
+            frozen.module.load_state_dict(self.backbone.module.state_dict())
+            self._reference = frozen, self._engine(self.engine.name, frozen)
+
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""
@@ -121,7 +130,7 @@ class LMPolicy:
 
     def _evaluate(self, batch: Batch, want: frozenset[str], view: View) -> dict[str, Tensor]:
         b, t = batch.shape
-        prompt, known = batch.context["prompt"], batch.context["prompt_mask"]
+        prompt, known = _prompt(batch, view)
         columns, places = batch.mask.any(0).nonzero(), known.any(0).nonzero()
         if columns.numel() == 0:
             # tied to a parameter: a batch without decisions has the gradient 0, not none
@@ -316,6 +325,18 @@ class LMPolicy:
             "top_k": self.sampling.top_k, "min_p": self.sampling.min_p, "stop": list(self.sampling.stop),
         }  # fmt: skip
         (folder / "polopt.json").write_text(json.dumps(about, indent=1))
+
+
+def _prompt(batch: Batch, view: View) -> tuple[Int[Tensor, "B P"], Bool[Tensor, "B P"]]:
+    """The prompts of a view: those that rows are scored under, or those that they were sampled under where these differ."""
+    scored = batch.context["prompt"], batch.context["prompt_mask"]
+    if view.context == "scored" or "sampled" not in batch.context:
+        return scored
+    sampled = batch.context["sampled"], batch.context["sampled_mask"]
+    width = max(scored[0].shape[1], sampled[0].shape[1])
+    a, b = ([pad_axis(x, width - x.shape[1], left=True) for x in pair] for pair in (scored, sampled))
+    empty = ~sampled[1].any(1, keepdim=True)  # rows of a batch in which the two did not differ
+    return torch.where(empty, a[0], b[0]), torch.where(empty, a[1], b[1])
 
 
 def _widen(x: Tensor, t: int) -> Tensor:

@@ -1,0 +1,461 @@
+"""Recipes: stages one after the other in one run, what they hand over, and resuming in any of them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+
+import polopt
+from polopt.batch import Batch
+from polopt.errors import CallError, Misfit, PoloptError
+from polopt.evidence.proof import golden, small, survival
+from polopt.interfaces import Event
+from polopt.loops.drive import build_run
+from polopt.loops.stages import Staged, overlaid
+from polopt.method import Method
+from polopt.overrides import resolve
+from polopt.parts.source import Fresh
+from polopt.recipe import Length, Recipe, Stage
+from polopt.registry import get_method
+from polopt.run import RunFolder
+from polopt.tree import load_tree
+
+GRPO = get_method("grpo").but("plain", penalty=())
+SMALL = {"collect.prompts": 4, "evaluate.points": 4, "evaluate.every": 0}
+
+
+def two(*stages: Stage, base: Method = GRPO, name: str = "two", **changes: Any) -> Recipe:
+    return Recipe.of(base, name, stages=stages, **changes)
+
+
+def built(recipe: Method, budget: str = "10-updates", task: str = "table:arms", **over: Any) -> Staged:
+    run = build_run(resolve(recipe, task, {**SMALL, "budget": budget, **over}))
+    assert isinstance(run, Staged)
+    return run
+
+
+def walk(run: Staged) -> list[dict[str, float]]:
+    lines = []
+    while run.fraction() < 1:
+        lines.append(run.step())
+    return lines
+
+
+def stages(lines: list[dict[str, float]]) -> list[int]:
+    return [int(line["stage"]) for line in lines]
+
+
+# -------------------------------------------------------------------- lengths
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("rest", Length("rest")), (" 25 % ", Length("share", 0.25)), ("1-pass", Length("passes", 1.0)),
+        ("2.5 passes", Length("passes", 2.5)), ("10-updates", Length("amount", 10.0, "updates")),
+        ("5k-decisions", Length("amount", 5000.0, "decisions")),
+    ],
+)  # fmt: skip
+def test_lengths_are_read(text: str, expected: Length) -> None:
+    assert Length.parse(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "half", "0%", "120%", "0-passes", "10-apples", "-1-updates"])
+def test_lengths_that_make_no_sense_are_refused(text: str) -> None:
+    with pytest.raises(CallError, match="length"):
+        Stage("a", length=text)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (("3-updates", "rest"), [1] * 3 + [2] * 7),
+        (("40%", "rest"), [1] * 4 + [2] * 6),
+        (("40%", "60%"), [1] * 4 + [2] * 6),
+        (("1-pass", "rest"), [1] * 2 + [2] * 8),  # 8 prompts, 4 at a time
+        (("3-updates", "4-updates"), [1] * 3 + [2] * 4),  # all stages end before the budget does
+        (("30-updates", "rest"), [1] * 10),  # the budget ends before the stage does
+    ],
+)
+def test_each_stage_lasts_as_long_as_it_says(given: tuple[str, str], expected: list[int]) -> None:
+    recipe = two(Stage("first", GRPO, given[0]), Stage("second", length=given[1]))
+    lines = walk(built(recipe))
+    assert stages(lines) == expected
+    assert [line["update"] for line in lines] == list(range(1, len(expected) + 1))
+
+
+def test_rounds_share_the_budget() -> None:
+    recipe = two(Stage("first", GRPO, "1-updates"), Stage("second"), repeat=2)
+    assert stages(walk(built(recipe))) == [1, 2, 2, 2, 2, 3, 4, 4, 4, 4]
+
+
+def test_one_ledger_for_all_stages() -> None:
+    recipe = two(Stage("first", GRPO, "25%"), Stage("second"))
+    run = built(recipe, "1k-decisions")
+    lines = walk(run)
+    decisions = [line["decisions"] for line in lines]
+    assert decisions == [32 * (i + 1) for i in range(len(lines))]  # 4 prompts x 8 answers of one decision
+    assert decisions[-1] >= 1000 > decisions[-2]
+    assert stages(lines).count(1) == 8  # the first to reach 250
+    assert run.ledger.spent["decisions"] == decisions[-1]
+    assert all(a["seconds"] < b["seconds"] for a, b in pairwise(lines))
+
+
+def test_a_stage_anneals_over_its_own_length() -> None:
+    warm = GRPO.but("warm", rule=get_method("grpo").update().rule.but(lr=0.1, schedule="linear"))
+    run = built(two(Stage("first", warm, "50%"), Stage("second")), **{"stages.first.lr": 0.1})
+    assert [run.step()["lr"] for _ in range(5)] == pytest.approx([0.1 * (1 - i / 5) for i in range(5)])
+
+
+# -------------------------------------------------------------------- handing over
+def test_a_recipe_of_one_stage_is_the_method_it_runs() -> None:
+    one = two(Stage("only"), name="one")
+    alone = build_run(resolve(GRPO, "table:arms", {**SMALL, "budget": "5-updates"}))
+    run = built(one, "5-updates")
+    for _ in range(5):
+        a, b = run.step(), alone.step()
+        same = {k for k in b if not k.startswith("seconds")}
+        assert {k: a[k] for k in same} == {k: b[k] for k in same}
+    assert torch.equal(run.policy.net.own, alone.policy.net.own)
+
+
+def test_the_policy_goes_on_where_it_stood_and_draws_anew() -> None:
+    run = built(two(Stage("first", GRPO, "2-updates"), Stage("second")))
+    first = run.collector
+    seen = [run.collector.streams.torch("collect/answers").initial_seed()]
+    run.step(), run.step()
+    learnt = run.policy.state()
+    run._advance()
+    assert run.collector is not first
+    assert all(torch.equal(v, learnt[k]) for k, v in run.policy.state().items())
+    assert not torch.equal(run.policy.net.own, run.policy.world.initial)
+    seen.append(run.collector.streams.torch("collect/answers").initial_seed())
+    assert seen[0] != seen[1]
+
+
+def test_a_stage_that_does_not_take_the_policy_starts_afresh() -> None:
+    run = built(two(Stage("first", GRPO, "2-updates"), Stage("second", takes=())))
+    run.step(), run.step()
+    run._advance()
+    assert torch.equal(run.policy.net.own, run.policy.world.initial)
+
+
+def test_nets_that_only_one_stage_has() -> None:
+    critic = get_method("ppo-lm").but("critic", reward=())
+    run = built(two(Stage("first", critic, "2-updates"), Stage("second")))
+    run.step(), run.step()
+    learnt = run.policy.state()
+    assert any(k.startswith("value") for k in learnt)
+    run._advance()
+    assert set(run.policy.state()) == {k for k in learnt if not k.startswith("value")}
+    assert all(torch.equal(v, learnt[k]) for k, v in run.policy.state().items())
+
+
+@dataclass(frozen=True)
+class Keep(Fresh):
+    """Keeps every batch's number of rows."""
+
+    def __call__(self, batches: dict[str, Batch], store: Any) -> dict[str, Batch]:
+        store["last"] = batches["policy"]
+        return batches
+
+
+@dataclass(frozen=True)
+class Count(type(GRPO.advantage)):  # type: ignore[misc]
+    """Counts the rows that it saw."""
+
+    moments: ClassVar[frozenset[str]] = frozenset({"drawn"})
+
+    def initial(self) -> dict[str, Tensor]:
+        return {"rows": torch.zeros(())}
+
+    def observe(self, moment: str, *, batch: Batch, memory: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {"rows": memory["rows"] + batch.shape[0]}
+
+
+def test_store_and_memory_are_taken_over_by_those_who_ask() -> None:
+    kept = GRPO.but("kept", source=Keep(), advantage=Count())
+    for takes, rows in ((("policy", "store", "memory.advantage"), 64.0), (("policy",), 0.0)):
+        run = built(two(Stage("first", kept, "2-updates"), Stage("second", takes=takes), source=Keep(), advantage=Count()))
+        run.step(), run.step()
+        run._advance()
+        assert float(run.inner.memory.of("advantage")["rows"]) == rows
+        assert ("last" in run.inner.store) == (rows > 0)
+
+
+def test_what_a_stage_before_the_last_one_made_waits_for_it() -> None:
+    counting = GRPO.but("counting", advantage=Count())
+    run = built(
+        two(
+            Stage("count", counting, "2-updates"), Stage("between", GRPO, "2-updates"),
+            Stage("last", takes=("memory.advantage",)), advantage=Count(),
+        )
+    )  # fmt: skip
+    for _ in range(5):
+        run.step()
+    assert float(run.inner.memory.of("advantage")["rows"]) == 64 + 32
+
+
+def test_a_reference_that_is_handed_over() -> None:
+    kl = get_method("grpo")
+    run = built(two(Stage("fit", takes=("policy", "reference")), base=kl, repeat=2), "8-updates", **{"lr": 0.5})
+    start = run.policy.reference.clone()
+    for _ in range(4):
+        run.step()
+    learnt = run.policy.table().detach().clone()
+    assert torch.equal(run.policy.reference, start)
+    again = built(run.recipe, "8-updates", **{"lr": 0.5})
+    for _ in range(2):
+        run.step()
+    assert torch.equal(run.policy.reference, learnt)
+    again.load(run.state())
+    assert torch.equal(again.policy.reference, learnt)
+    assert torch.equal(again.policy.table(), run.policy.table())
+
+
+def test_a_language_model_takes_over_a_reference() -> None:
+    from polopt.loops.build import make_policy
+
+    found = resolve("grpo", "text:spell_backward", {"budget": "1-updates"})
+    policy = make_policy(found.task, found.method, found.settings)
+    with torch.no_grad():
+        next(policy.backbone.module.parameters()).add_(0.5)
+    assert policy._reference is not None
+    before = next(policy._reference[0].module.parameters()).clone()
+    policy.refer()
+    after = next(policy._reference[0].module.parameters())
+    assert not torch.equal(after, before)
+    assert torch.equal(after, next(policy.backbone.module.parameters()))
+
+
+def test_trees_are_overlaid_where_both_have_a_leaf() -> None:
+    assert overlaid({"a": 1, "b": {"c": 2, "d": 3}}, {"b": {"c": 20, "x": 0}, "y": 0}) == {"a": 1, "b": {"c": 20, "d": 3}}
+
+
+# -------------------------------------------------------------------- refusing
+COUNTS = Stage("b", takes=("memory.advantage",))
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: two(Stage("a", GRPO), Stage("b")), "'a' takes the rest of the budget, but is not the last"),
+        (lambda: two(Stage("a", GRPO, "70%"), Stage("b", length="40%")), "add up to 110%"),
+        (lambda: two(Stage("a", GRPO, "70%"), Stage("b", length="20%")), "use 90% of the budget"),
+        (lambda: two(Stage("a", GRPO, "70%"), Stage("a")), "distinct names"),
+        (lambda: two(), "needs stages"),
+        (lambda: two(Stage("a", GRPO)), "no stage runs the recipe's own parts"),
+        (lambda: two(Stage("a.b")), "one word"),
+        (lambda: two(Stage("a", takes=("polcy",))), "did you mean 'policy'"),
+        (lambda: two(Stage("a", takes=("memory.advantage",))), "takes over"),
+        (lambda: two(Stage("a", takes=("reference",))), "which none of its parts reads"),
+        (lambda: two(Stage("a", GRPO, "20%"), COUNTS, advantage=Count()), "no stage before it remembers"),
+    ],
+)  # fmt: skip
+def test_recipes_that_cannot_work_are_refused(make: Any, words: str) -> None:
+    with pytest.raises(CallError, match=words):
+        make()
+
+
+def test_a_stage_that_cannot_work_on_the_task_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    with pytest.raises(Misfit, match="a-star-po cannot run on gym:CartPole-v1"):
+        polopt.train("a-star-po", "gym:CartPole-v1", budget="1-updates", out=tmp_path / "run")
+    passing = two(Stage("first", get_method("reinforce"), "1-pass"), Stage("second"), base=get_method("reinforce"))
+    with pytest.raises(Misfit, match=r"'first' passes over a known number of items.*stages.first.length"):
+        polopt.train(passing, "gym:CartPole-v1", budget="1-updates", out=tmp_path / "run")
+    dynamic = two(Stage("first", get_method("dapo"), "50%"), Stage("second"))
+    with pytest.raises(Misfit, match=r"stages.first.sampler 'dynamic' needs a task that answers further requests"):
+        polopt.train(dynamic, "gym:CartPole-v1", budget="1-updates", out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+# -------------------------------------------------------------------- settings
+@pytest.mark.parametrize(
+    ("path", "near"),
+    [
+        ("stages.estimat.sampler.group_size", "stages.estimate.sampler.group_size"),
+        ("stages.estimate.samplr.group_size", "stages.estimate.sampler.group_size"),
+        ("stages.estimate.lenght", "stages.estimate.length"),
+        ("stages.estimate.advantage.betta", "stages.estimate.advantage.beta"),
+    ],
+)
+def test_unknown_settings_of_stages_are_refused_with_the_nearest(path: str, near: str) -> None:
+    with pytest.raises(CallError, match=f"unknown setting '{path}'.*did you mean '{near}'"):
+        resolve("a-star-po", "table:arms", {path: 1})
+
+
+def test_settings_reach_a_stage() -> None:
+    found = resolve(
+        "a-star-po", "table:arms",
+        {"stages.estimate.group_size": 4, "stages.estimate.advantage.beta": 0.2, "stages.train.surrogate.beta": 0.3, "lr": 0.1,
+         "stages.train.collect.prompts": 6, "stages.estimate.length": "2-passes", "stages.train.takes": "memory.advantage"},
+    )  # fmt: skip
+    recipe = found.method
+    assert isinstance(recipe, Recipe)
+    estimate, train = recipe.stages
+    assert estimate.method is not None
+    assert (estimate.method.sampler.group_size, estimate.method.advantage.beta, estimate.length) == (4, 0.2, "2-passes")
+    assert (recipe.surrogate.beta, recipe.update().rule.lr) == (0.3, 0.1)
+    assert (train.settings, train.takes) == ({"collect.prompts": 6}, ("memory.advantage",))
+    assert found.origin["stages.estimate.sampler.group_size"] == "user"
+    for wrong in ("stages.train.policy.hidden", "stages.estimate.budget", "stages.estimate.seed"):
+        with pytest.raises(CallError, match="unknown setting"):
+            resolve("a-star-po", "table:arms", {wrong: 1})
+
+
+def test_the_tasks_preset_serves_each_stage() -> None:
+    found = resolve("a-star-po", "table:arms")
+    assert found.settings.collect.prompts == 64
+    estimate = found.method.stage("estimate")
+    assert estimate.settings == {"collect.prompts": 8}
+    assert found.origin["stages.estimate.collect.prompts"] == "task"
+    ours = resolve("a-star-po", "table:arms", {"collect.prompts": 5})  # what the user says of the run holds for its stages
+    assert ours.method.stage("estimate").settings == {}
+    assert ours.settings.collect.prompts == 5
+
+
+def test_a_child_of_a_recipe_keeps_its_stages() -> None:
+    parent = get_method("a-star-po")
+    assert isinstance(parent, Recipe)
+    child = parent.but("child", minibatches=None).with_stage("estimate", length="2-passes")
+    assert isinstance(child, Recipe)
+    assert [s.length for s in child.stages] == ["2-passes", "rest"]
+    assert child.parent == parent
+    assert "stages.estimate.length: 1-pass -> 2-passes" in polopt.diff(parent, child)
+    assert parent.set("stages.estimate.sampler.group_size", 2).stage("estimate").method.sampler.group_size == 2
+
+
+def test_a_recipe_in_words() -> None:
+    text = polopt.explain("a-star-po")
+    assert "estimate: 1-pass, sampler.group_size 8, advantage soft-value(beta=0.5), no updates.policy" in text
+    assert "train: rest, takes over policy and memory.advantage" in text
+    assert "stages.estimate.advantage soft-value(beta=0.5)" in text
+    assert "stages.estimate.surrogate" not in text  # it does not act
+    lines = polopt.diff("reinforce", "a-star-po").splitlines()
+    assert len([line for line in lines if line.strip().startswith("stages.")]) == 2
+    assert "proven" in "\n".join(lines)
+
+
+# -------------------------------------------------------------------- on disk
+class StopAt:
+    """An observer that asks the run to stop after an update (what a signal handler does)."""
+
+    def __init__(self, update: int) -> None:
+        self.update = update
+
+    def start(self, info: Any) -> None:
+        assert info["stages"] == ["estimate", "train"]
+
+    def event(self, event: Event) -> None:
+        if event.update == self.update:
+            os.kill(os.getpid(), 15)
+
+    def end(self, summary: Any) -> None: ...
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if "seconds" not in k} for line in lines]
+
+
+RUN = {**SMALL, "surrogate.beta": 0.1, "stages.estimate.length": "3-passes"}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("stages") / "whole"
+    polopt.train("a-star-po", "table:arms", budget="12-updates", out=place, overrides=RUN)
+    return place
+
+
+@pytest.mark.parametrize("update", [1, 3, 6, 7, 11])
+def test_resumed_in_any_stage_it_ends_as_the_undisturbed_run(update: int, tmp_path: Path, whole: Path) -> None:
+    place = tmp_path / "part"
+    part = polopt.train("a-star-po", "table:arms", budget="12-updates", out=place, overrides=RUN, observers=[StopAt(update)])
+    assert part.summary["updates"] == update
+    assert part.summary["stage"] == ("estimate" if update <= 6 else "train")
+    resumed = polopt.resume(place)
+    assert resumed.summary["status"] == "done"
+    assert resumed.summary["exact_resume"]
+    assert metrics(place) == metrics(whole)
+    ours, theirs = (load_tree(RunFolder(p).newest())[0] for p in (place, whole))  # type: ignore[arg-type]
+    for what in ("policy", "memory", "scores", "ledger"):
+        assert str(ours.get(what)) == str(theirs.get(what))
+    assert all(torch.equal(v, theirs["policy"][k]) for k, v in ours["policy"].items())
+
+
+def test_one_folder_in_which_the_stages_are_seen(whole: Path) -> None:
+    found = metrics(whole)
+    assert [line["stage"] for line in found] == [1] * 6 + [2] * 6
+    assert [line["update"] for line in found] == list(range(1, 13))
+    summary = json.loads((whole / "summary.json").read_text())
+    assert (summary["stage"], summary["stages"]) == ("train", ["estimate", "train"])
+    assert summary["decisions"] == found[-1]["decisions"] == 6 * 32 + 6 * 4
+    assert len({line["eval_score"] for line in found if "eval_score" in line and line["stage"] == 1}) == 1  # nothing is trained
+
+
+def test_a_longer_budget_lengthens_the_last_stage(tmp_path: Path) -> None:
+    polopt.train("a-star-po", "table:arms", budget="8-updates", out=tmp_path / "run", overrides=RUN)
+    assert polopt.resume(tmp_path / "run", budget="12-updates").summary["updates"] == 12
+    assert [line["stage"] for line in metrics(tmp_path / "run")] == [1] * 6 + [2] * 6
+
+
+def test_the_configuration_repeats_the_run(tmp_path: Path, whole: Path) -> None:
+    from polopt.cli import main
+
+    assert main(["train", "--config", str(whole / "config.yaml"), "--out", str(tmp_path / "again"), "--quiet", "--no-report"]) == 0
+    assert metrics(tmp_path / "again") == metrics(whole)
+    assert main(["train", "a-star-po", "table:arms", "--dry-run", "--stages.estimate.group_size=4"]) == 0
+
+
+def test_the_policy_of_any_stage_can_be_loaded(tmp_path: Path, whole: Path) -> None:
+    assert isinstance(polopt.load(whole, "last").predict(0), list)
+    assert polopt.evaluate(whole, which="last")["score"] == pytest.approx(metrics(whole)[-1]["eval_score"], abs=1e-7)
+    critic = get_method("ppo-lm").but("critic", reward=())
+    recipe = two(Stage("first", critic, "4-updates"), Stage("second"))
+    polopt.train(recipe, "table:arms", budget="4-updates", out=tmp_path / "run", overrides=SMALL)
+    assert isinstance(polopt.load(tmp_path / "run", method=recipe).predict(0), list)
+
+
+def test_a_checkpoint_of_another_recipe_is_refused(whole: Path) -> None:
+    state = RunFolder(whole).load_checkpoint("last")
+    with pytest.raises(PoloptError, match="written by method 'a-star-po', this run has 'two'"):
+        built(two(Stage("only"))).load(state)
+    other = get_method("a-star-po")
+    assert isinstance(other, Recipe)
+    with pytest.raises(PoloptError, match="stage 2, 'train', which a-star-po lacks"):
+        built(Recipe(**{**vars(other), "stages": (Stage("alone"),)})).load(state)
+
+
+def test_a_run_killed_by_sigkill_survives() -> None:
+    found = survival.check(get_method("a-star-po"), *small.world(get_method("a-star-po")))
+    assert found.ok, found.message
+
+
+def test_a_golden_trajectory_goes_through_all_stages(tmp_path: Path) -> None:
+    method = get_method("a-star-po")
+    task, settings = small.world(method)
+    kept = golden.record(method, task, settings, tmp_path / "golden.safetensors", updates=6)
+    assert kept.chain[0] == kept.chain[1] != kept.chain[2]  # one pass estimates, the rest trains
+    kept = golden.load(tmp_path / "golden.safetensors")
+    assert golden.check(method, kept, "live").identical
+    assert golden.check(method, kept, "replay").identical
+    moved = method.set("stages.estimate.advantage.beta", 5.0)
+    assert not golden.check(moved, kept, "replay").ok
+
+
+def test_compared_at_an_equal_budget_over_all_stages(tmp_path: Path) -> None:
+    polopt.compare(
+        ["a-star-po", "reinforce"], "table:arms", budget="600-decisions", seeds=1, points=3, out=tmp_path / "c", jobs=1, page=False,
+        overrides={"collect.prompts": 16},
+    )  # fmt: skip
+    spent = [json.loads(p.read_text())["decisions"] for p in (tmp_path / "c").rglob("summary.json")]
+    assert len(spent) == 2
+    assert all(600 <= n < 616 for n in spent), spent
