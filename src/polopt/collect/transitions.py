@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -145,21 +146,21 @@ def _next_observations(mask: Array, ended: Array, truncated: Array, obs: Array, 
 class Transitions:
     """N transitions in the order in which they happened, episode after episode, with the spaces they belong to.
 
-    obs, next_obs [N,D] are encoded vectors; action [N,A] floats, or [N] / [N,A] integers from 0; reward [N,K]; start [N] is true
-    where an episode begins. `name` is what messages call it.
+    obs, next_obs [N,D] are encoded vectors; action [N,A] are the environment's own, floats or integers; reward [N,K]; start [N] is
+    true where an episode begins. `name` is what messages call it; env is the JSON of the environment's spec, where known.
     """
 
     name: str
     observation: Observation
     action_space: Action
-    obs: Float[Tensor, "N D"]
-    action: Tensor
-    reward: Float[Tensor, "N K"]
-    terminated: Bool[Tensor, " N"]
-    truncated: Bool[Tensor, " N"]
-    next_obs: Float[Tensor, "N D"]
-    start: Bool[Tensor, " N"]
-    env_spec: str | None = None  # JSON of the Gymnasium environment it came from, where known
+    obs: Float[np.ndarray, "N D"]
+    action: Array
+    reward: Float[np.ndarray, "N K"]
+    terminated: Bool[np.ndarray, " N"]
+    truncated: Bool[np.ndarray, " N"]
+    next_obs: Float[np.ndarray, "N D"]
+    start: Bool[np.ndarray, " N"]
+    env: str | None = None
 
     def __len__(self) -> int:
         return int(self.obs.shape[0])
@@ -167,28 +168,35 @@ class Transitions:
     @property
     def layout(self) -> Layout:
         """The columns of its rows."""
-        discrete = self.action_space.kind != "box"
-        return Layout(self.obs.shape[1], self.action_space.size, discrete, self.reward.shape[1])
+        return Layout(self.obs.shape[1], self.action_space.size, self.action_space.kind != "box", self.reward.shape[1])
 
     def statistics(self) -> tuple[Float[Tensor, " D"], Float[Tensor, " D"]]:
         """Mean and standard deviation of each number of the observations, over all transitions."""
-        return self.obs.double().mean(0).float(), self.obs.double().std(0, correction=0).float()
+        x = self.obs.astype(np.float64)
+        return torch.from_numpy(x.mean(0)).float(), torch.from_numpy(x.std(0)).float()
 
-    def rows(self) -> Float[Tensor, "N W"]:
-        """All transitions as rows of a matrix; an episode that stops without an end is cut there."""
-        stop = torch.cat((self.start[1:], torch.ones(1, dtype=torch.bool)))
-        columns = (self.obs, self.action, self.reward, self.terminated, self.truncated | stop, self.next_obs)
-        return torch.from_numpy(self.layout.pack(*(x.numpy() for x in columns)))
+    def rows(self, inward: Callable[[Array], Array] | None = None) -> Float[Tensor, "N W"]:
+        """All transitions as rows of a matrix; an episode that stops without an end is cut there.
 
-    def bounds(self) -> Int[np.ndarray, "E 2"]:
+        inward: from the environment's actions to those that batches hold; without it discrete actions count from 0.
+        """
+        if inward is not None:
+            action = inward(self.action)
+        else:
+            action = self.action - np.asarray(self.action_space.start or 0)
+        stop = np.append(self.start[1:], True)
+        rows = self.layout.pack(self.obs, action, self.reward, self.terminated, self.truncated | stop, self.next_obs)
+        return torch.from_numpy(rows)
+
+    def episodes(self) -> Int[np.ndarray, "E 2"]:
         """First and one-past-last transition of each episode."""
-        first = self.start.nonzero().squeeze(1).numpy()
+        first = self.start.nonzero()[0]
         return np.stack((first, np.append(first[1:], len(self))), 1)
 
-    def returns(self) -> Float[Tensor, " E"]:
+    def returns(self) -> Float[np.ndarray, " E"]:
         """Undiscounted return of each episode, channels added up."""
-        episode = self.start.long().cumsum(0) - 1
-        return torch.zeros(int(episode[-1]) + 1).index_add_(0, episode, self.reward.sum(-1))
+        found: Array = np.add.reduceat(self.reward.sum(1, dtype=np.float64), self.start.nonzero()[0])
+        return found
 
 
 __all__ = ["GOES_ON", "TERMINATED", "TRUNCATED", "Layout", "Transitions", "rows_of"]

@@ -1,4 +1,4 @@
-"""Tasks by name: `gym:<id>`, `text:<name>`, `data:<path or id>`, `table:`, `point:`, `bandit:` and `dataset:<name>`, `file.py:NAME`."""
+"""Tasks by name: `gym:<id>`, `text:<name>`, `data:<path or id>`, `table:`, `point:`, `bandit:`, `dataset:`, `file.py:NAME`."""
 
 from __future__ import annotations
 
