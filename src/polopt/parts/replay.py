@@ -52,6 +52,7 @@ class Dataset(Part):
     path: Annotated[str, "folder or id of a Minari dataset, or a built-in one; empty: the task's own"] = ""
     batch: Annotated[int, Range(ge=1), "transitions per round of updates"] = 256
     n_step: Annotated[int, Range(ge=1), "decisions whose rewards are added up before the bootstrap"] = 1
+    rounds: Annotated[int, Range(ge=1), "rounds of updates per iteration"] = 100
     normalize_obs: Annotated[bool, "standardise observations by the statistics of the dataset"] = False
     equation: ClassVar[str] = "(s, a, r, s') ~ U(D)"
     host: ClassVar[bool] = True
