@@ -22,7 +22,8 @@ State = dict[str, Any]  # a tree of tensors, numpy arrays, numbers, strings and 
 class Request:
     """One thing to continue, `count` times: a task item (a prompt, a start seed) or, with item None, a running environment.
 
-    context replaces the item's own prompt (a hint added, say); prefix forces the beginning of the answer [L].
+    context replaces the item's own prompt (a hint added, say); prefix forces the beginning of the answer [L]. scored: the prompt
+    under which the policy is trained on the answer, where that is not the one it was sampled under.
     """
 
     item: int | None = None
@@ -31,6 +32,19 @@ class Request:
     prefix: Tensor | None = None
     temperature: float | None = None
     limit: int | None = None
+    scored: Any = None
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a sampler may see of an item: its prompt, its reference solution (None: it has none), and which prompts fit.
+
+    fits(prompt): whether the policy's context holds that prompt and an answer to it.
+    """
+
+    prompt: Any
+    solution: str | None
+    fits: Callable[[Any], bool]
 
 
 @dataclass(frozen=True)
@@ -38,6 +52,7 @@ class Plan:
     """What the loop asks of a sampler in one iteration: `draw(n)` takes the next n items of the task's shuffled stream.
 
     size: how many items the task has (0: it has none that could be counted). allocate: the method's allocator, see `allot`.
+    look(item): the item's prompt and solution, where the task offers solutions.
     """
 
     want: int
@@ -45,6 +60,7 @@ class Plan:
     clock: Clock = field(default_factory=Clock)
     size: int = 0
     allocate: Callable[[int, int], list[tuple[int | None, int]]] | None = None
+    look: Callable[[int], Seen] | None = None
 
     def allot(self, prompts: int, each: int) -> list[tuple[int | None, int]]:
         """Which items to sample, and how many times each: `prompts` x `each` samples in all.
@@ -76,7 +92,15 @@ class Nets(Protocol):
     """What parts may ask of the networks that a policy holds for them: N observations at a time, with gradient.
 
     Actions are as batches store them: numbers in [-1, 1] for continuous, indices for discrete ones. `slow` asks the slow copy.
+    actions: how many discrete actions, or components of a continuous one, there are.
     """
+
+    @property
+    def actions(self) -> int: ...
+
+    def standardised(self, obs: Any) -> Any:
+        """Observations as the networks see them."""
+        ...
 
     def draw(self, obs: Any, rng: Draws, *, slow: bool = False) -> tuple[Tensor, Tensor]:
         """An action [N,A], differentiable in the policy, and its log-probability [N]."""
@@ -206,14 +230,19 @@ class Supply(Protocol):
     def load(self, state: State) -> None: ...
 
 
+#: Terms by name that a rule adds to a loss, from a (micro-)batch and the present policy's statistics of it: scalars with graph.
+Terms = Callable[[Batch, Mapping[str, Tensor]], Mapping[str, Tensor]]
+
+
 class Problem(Protocol):
-    """What the loop offers to a rule for one step: the minibatch's loss as closures over the parameters."""
+    """What the loop offers to a rule: the loss on a minibatch, or on the whole update batch, as closures over the parameters."""
 
     parameters: Sequence[Tensor]
+    batch: Batch
     clock: Clock
 
-    def backward(self) -> dict[str, Tensor]:
-        """Zero gradients, add up those of all micro-batches, return diagnostics."""
+    def backward(self, terms: Terms | None = None) -> dict[str, Tensor]:
+        """Zero gradients, add up those of all micro-batches, return diagnostics; `terms` are the rule's own, added to the loss."""
         ...
 
     def value(self) -> Tensor:
@@ -221,18 +250,44 @@ class Problem(Protocol):
         ...
 
     def kl(self) -> Tensor:
-        """Mean closed-form KL(old || now) with graph, over the whole update batch."""
+        """Mean closed-form KL(old || now) with graph, over the batch."""
+        ...
+
+    def kl_each(self) -> Tensor:
+        """Closed-form KL(old || now) with graph of each valid decision [N]."""
+        ...
+
+    def split(self, size: int) -> Sequence[Problem]:
+        """The problem cut into pieces of `size` rows (decisions where the policy's decisions are independent), in order."""
         ...
 
 
 class Stepper(Protocol):
     """A rule bound to parameters; holds optimiser state."""
 
-    def step(self, problem: Problem) -> dict[str, Tensor]: ...
+    def step(self, problem: Problem) -> dict[str, Tensor]:
+        """One step on a minibatch; returns diagnostics, whose means over the steps are reported."""
+        ...
 
     def state(self) -> State: ...
 
     def load(self, state: State) -> None: ...
+
+
+class WholeStepper(Stepper, Protocol):
+    """A stepper that also looks at the whole update batch. One that has `finish` is asked at all three places."""
+
+    def begin(self, whole: Problem) -> None:
+        """Before the first step of an update."""
+        ...
+
+    def after_epoch(self, whole: Problem) -> None:
+        """After each pass over the batch."""
+        ...
+
+    def finish(self, whole: Problem) -> dict[str, Tensor]:
+        """After the last step; what it returns is reported as it is."""
+        ...
 
 
 @dataclass

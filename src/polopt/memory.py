@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ class Memory:
             slot: dict(part.initial()) | {k: torch.full((items,), v, dtype=torch.float64) for k, v in part.table.items()}
             for slot, part in (slots or {}).items()
         }
+        self.built: dict[str, Any] = {}  # what host parts built once from the data; made again on resuming, never saved
 
     def of(self, slot: str) -> Mapping[str, Tensor]:
         """What the part in `slot` remembers (empty when nothing)."""

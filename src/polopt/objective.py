@@ -179,7 +179,7 @@ def loss(
     def asked(slot: str, part: Part) -> Any:
         found = call(
             part, batch=batch, now=now, advantage=advantage, memory=memory.of(slots.path(slot)), rng=rng, valid=valid,
-            nets=nets, target=target,
+            nets=nets, target=target, built=memory.built.get(slots.path(slot)),
         )  # fmt: skip
         if isinstance(found, tuple):
             found, more = found

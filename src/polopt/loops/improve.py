@@ -65,6 +65,9 @@ class Improve(Loop):
         self.store: dict[str, Batch] = {}
         self.supply = open_supply(method, self.policy, task, settings, self.streams, folder)
         self.rounds = Rounds(self.executors, self.policy) if self.supply is not None else None
+        for slot, part in method.parts().items():
+            if hasattr(part, "build"):
+                self.memory.built[slot] = part.build(self.supply.columns(), self.policy.standardised)  # type: ignore[union-attr]
 
     def _refuse_shared_layers(self) -> None:
         """Raise `CallError` when a rule that bounds its own step shares parameters with another update."""
@@ -136,7 +139,8 @@ class Improve(Loop):
 
     def collect(self, clock: Clock) -> dict[str, Batch]:
         """Drive the sampler: answer its requests until it returns named batches."""
-        plan, allotment = Plan(self.collector.want, self.collector.draw, clock, self.collector.size), None
+        look = getattr(self.collector, "look", None)
+        plan, allotment = Plan(self.collector.want, self.collector.draw, clock, self.collector.size, look=look), None
         if self.method.allocator is not None:
             allotment = Allotment(self.method.allocator, plan, self.memory.of("allocator"), self.streams.numpy("allocator"))
             plan = replace(plan, allocate=allotment)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from polopt.collect.offline import Offline, open_dataset
 from polopt.collect.replay import Replay
 from polopt.errors import CallError
 from polopt.interfaces import Policy, Supply, Task
 from polopt.loops.rounds import needs_nets
 from polopt.method import Method
-from polopt.parts.replay import Ring
+from polopt.parts.replay import Dataset, Ring
 from polopt.run import Budget, RunFolder, Streams
 from polopt.settings import Settings
 
@@ -27,9 +28,22 @@ def open_supply(
 ) -> Supply | None:
     """The supply of a run whose method has such a source, allocated; None for other sources."""
     source: Any = method.source
-    if not isinstance(source, Ring):
+    if not isinstance(source, Ring | Dataset):
         return None
     needs_nets(policy)
+    held: Any = policy
+    if isinstance(source, Dataset):
+        found = open_dataset(source, task)
+        if source.normalize_obs:
+            held.standardise(*found.statistics())
+        return Offline(
+            source,
+            found,
+            gamma=discount_of(method),
+            generator=streams.torch("replay"),
+            device=policy.device,
+            inward=held.head.inward,
+        )
     spaces: Any = task
     observation, action = spaces.spaces()
     budget = Budget.parse(settings.budget)

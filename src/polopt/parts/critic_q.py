@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
+import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -47,3 +49,137 @@ class QRegression(Part):
         error = values - target.flatten()
         told = {"q": values.detach().mean(), "td_error": error.detach().abs().mean()}
         return self.scale * error.square().sum(0).view(batch.shape), told
+
+
+@register_part("critic", "expectile-q")
+@dataclass(frozen=True)
+class ExpectileQ(QRegression):
+    """Expectile regression that anneals to the mean: |tau - 1[u < 0]| u^2, u = y - Q(s, a) (arXiv 2506.05968, eq. 8).
+
+    tau falls linearly from `start` to `end` over the first `share` of the budget: from close to the optimality operator to the
+    Bellman operator. At 1/2 it is half the squared error. Stochastic rewards and transitions are taken as optimistically as
+    actions are.
+    """
+
+    start: Annotated[float, Range(gt=0, lt=1), "expectile at the start"] = 0.9
+    end: Annotated[float, Range(gt=0, lt=1), "expectile at the end"] = 0.5
+    share: Annotated[float, Range(gt=0, le=1), "share of the budget over which it falls"] = 1.0
+    equation: ClassVar[str] = "l = c sum_e |τ - 1[u < 0]| u², u = y - Q_e(s, a);  τ(t) = τ_0 - (τ_0 - 1/2) min(1, t/T)"
+
+    def expectile(self, fraction: float | Tensor) -> float | Tensor:
+        """tau when `fraction` of the budget is spent."""
+        spent = fraction / self.share
+        spent = spent.clamp(max=1.0) if isinstance(spent, Tensor) else min(1.0, spent)
+        return self.start - (self.start - self.end) * spent
+
+    def __call__(self, batch: Batch, nets: Nets, target: Float[Tensor, "B T"]) -> tuple[Float[Tensor, "B T"], dict[str, Tensor]]:
+        """The loss of each decision; tells the mean value and the mean absolute TD error."""
+        values = nets.values("critic", seen(batch), taken(batch)).squeeze(-1)
+        error = target.flatten() - values
+        told = {"q": values.detach().mean(), "td_error": error.detach().abs().mean()}
+        loss = asymmetric(error, self.expectile(batch.clock.fraction))
+        return self.scale * loss.sum(0).view(batch.shape), told
+
+
+@register_part("critic", "quantiles")
+@dataclass(frozen=True)
+class QuantileRegression(QRegression):
+    """Quantile Huber regression of every member's atoms on the target's atoms (arXiv 2005.04269, eq. 13; QR-DQN, arXiv 1710.10044).
+
+    l = sum_e 1/(K M) sum_{m,i} |tau_m - 1[u < 0]| H(u), u = y_i - theta_e^m, tau_m = (2m - 1)/(2M), H Huber's loss at `kappa`.
+    over: members are added up (the paper) or averaged (its released code).
+    """
+
+    members: Annotated[int, Range(ge=1), "critics of the same form"] = 5
+    atoms: Annotated[int, Range(ge=1), "quantiles that each member predicts"] = 25
+    kappa: Annotated[float, Range(gt=0), "error beyond which the loss grows linearly"] = 1.0
+    over: Annotated[Literal["sum", "mean"], "how members' losses add up"] = "sum"
+    equation: ClassVar[str] = "l = sum_e 1/(KM) sum_m sum_i |τ_m - 1[u < 0]| H(u), u = y_i - θ_e^m(s, a)"
+
+    @property
+    def networks(self) -> tuple[Net, ...]:
+        """The critics of this form."""
+        return (Net("critic", "obs-action", self.atoms, self.members, self.hidden),)
+
+    def __call__(self, batch: Batch, nets: Nets, target: Tensor) -> tuple[Float[Tensor, "B T"], dict[str, Tensor]]:
+        """The loss of each decision, for a target [B,T] or atoms [B,T,K]; tells the mean value and the mean absolute TD error."""
+        atoms = nets.values("critic", seen(batch), taken(batch))  # [E,N,M]
+        goal = target.reshape(atoms.shape[1], 1, -1)
+        level = (torch.arange(self.atoms, device=atoms.device, dtype=atoms.dtype) + 0.5) / self.atoms
+        loss, error = atoms.new_zeros(atoms.shape[1]), atoms.new_zeros(())
+        for one in atoms:  # member by member: [N,M,K] for one of them is memory enough
+            u = goal - one.unsqueeze(-1)
+            huber = F.huber_loss(one.unsqueeze(-1).expand_as(u), goal.expand_as(u), reduction="none", delta=self.kappa)
+            loss = loss + ((level[:, None] - (u.detach() < 0).to(u.dtype)).abs() * huber).mean((1, 2))
+            error = error + (goal.mean((1, 2)) - one.detach().mean(-1)).abs().mean()
+        loss = loss / len(atoms) if self.over == "mean" else loss
+        told = {"q": atoms.detach().mean(), "td_error": error / len(atoms)}
+        return self.scale * loss.view(batch.shape), told
+
+
+@register_part("critic", "q-of-actions")
+@dataclass(frozen=True)
+class QOfActions(QRegression):
+    """scale * sum_e (Q_e(s)[a] - y)^2, each member giving the values of all discrete actions."""
+
+    equation: ClassVar[str] = "l = c sum_e (Q_e(s)[a] - y)^2"
+
+    @property
+    def requires(self) -> frozenset[Can]:
+        """A policy that holds critics, and discrete actions."""
+        return frozenset({Can.NETS, Can.ENUMERATE})
+
+    @property
+    def networks(self) -> tuple[Net, ...]:
+        """The critics of this form."""
+        return (Net("critic", "obs", "actions", self.members, self.hidden),)
+
+    def __call__(self, batch: Batch, nets: Nets, target: Float[Tensor, "B T"]) -> tuple[Float[Tensor, "B T"], dict[str, Tensor]]:
+        """The loss of each decision; tells the mean value and the mean absolute TD error."""
+        all_values = nets.values("critic", seen(batch))  # [E,N,V]
+        index = taken(batch).expand(all_values.shape[0], -1).unsqueeze(-1)
+        values = all_values.gather(-1, index).squeeze(-1)
+        error = values - target.flatten()
+        told = {"q": values.detach().mean(), "td_error": error.detach().abs().mean()}
+        return self.scale * error.square().sum(0).view(batch.shape), told
+
+
+@register_part("critic", "state-value")
+@dataclass(frozen=True)
+class StateRegression(Part):
+    """scale * L_tau(y - V(s)) for the net "value": squared error at tau = 1/2 (where L = u^2), an expectile above (IQL, eq. 5).
+
+    L_tau(u) = 2 |tau - 1[u < 0]| u^2 with `doubled`, else without the factor 2, as IQL writes it.
+    """
+
+    tau: Annotated[float, Range(gt=0, lt=1), "expectile; 0.5 is the mean"] = 0.5
+    doubled: Annotated[bool, "twice the expectile loss: the squared error at tau = 0.5"] = True
+    scale: Annotated[float, Range(gt=0), "factor of the loss"] = 0.5
+    hidden: Annotated[tuple[int, ...] | None, "widths of hidden layers; none: those of the policy"] = None
+    equation: ClassVar[str] = "l = c |τ - 1[u < 0]| u², u = y - V(s)"
+
+    @property
+    def requires(self) -> frozenset[Can]:
+        """A policy that holds critics."""
+        return frozenset({Can.NETS})
+
+    @property
+    def networks(self) -> tuple[Net, ...]:
+        """One value net."""
+        return (Net("value", "obs", 1, 1, self.hidden),)
+
+    def validate(self, method: Method, update: Update) -> str | None:
+        """It needs a target."""
+        return None if method.slots(update).target is not None else "needs a target to regress to (target='soft-state', say)"
+
+    def __call__(self, batch: Batch, nets: Nets, target: Float[Tensor, "B T"]) -> tuple[Float[Tensor, "B T"], dict[str, Tensor]]:
+        """The loss of each decision; tells the mean value."""
+        value = nets.values("value", seen(batch)).squeeze(-1).squeeze(0)
+        loss = asymmetric(target.flatten() - value, self.tau)
+        loss = 2 * loss if self.doubled else loss
+        return self.scale * loss.view(batch.shape), {"v": value.detach().mean()}
+
+
+def asymmetric(u: Tensor, tau: float | Tensor) -> Tensor:
+    """The expectile loss |tau - 1[u < 0]| u^2 (Newey & Powell 1987)."""
+    return (tau - (u.detach() < 0).to(u.dtype)).abs() * u.square()

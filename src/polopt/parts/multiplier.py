@@ -14,7 +14,7 @@ from polopt.batch import Batch
 from polopt.draws import Draws
 from polopt.interfaces import Nets
 from polopt.part import Can, Net, Part, Range, register_part
-from polopt.parts.transitions import seen
+from polopt.parts.transitions import expected, seen
 
 if TYPE_CHECKING:
     from polopt.method import Method
@@ -60,9 +60,9 @@ class Temperature(Part):
         """One trained number."""
         return (Net("temperature", inputs="none", init=math.log(self.initial_alpha)),)
 
-    def goal(self, batch: Batch) -> float:
-        """The target entropy for the batch's actions."""
-        return -float(batch.action.shape[-1]) if self.entropy is None else self.entropy
+    def goal(self, nets: Nets) -> float:
+        """The target entropy in nats."""
+        return -float(nets.actions) if self.entropy is None else self.entropy
 
     def __call__(self, batch: Batch, nets: Nets, rng: Draws) -> tuple[Float[Tensor, "B T"], dict[str, Tensor]]:
         """The loss of each decision; tells the temperature and the entropy estimate."""
@@ -73,4 +73,29 @@ class Temperature(Part):
                 logp = nets.draw(seen(batch), rng)[1].view(batch.shape)
         log_alpha = nets.scalar("temperature")
         told = {"temperature": log_alpha.detach().clamp(*LOG_ALPHA).exp(), "entropy": -logp.detach().mean()}
-        return -log_alpha * (logp.detach() + self.goal(batch)), told
+        return -log_alpha * (logp.detach() + self.goal(nets)), told
+
+
+@register_part("multiplier", "discrete-temperature")
+@dataclass(frozen=True)
+class DiscreteTemperature(Temperature):
+    """The multiplier for discrete actions: l = pi(s)^T [-log alpha (log pi(s) + H)], H a share of log |A| (arXiv 1910.07207, eq.
+    11).
+
+    A share close to 1 keeps the policy almost uniform.
+    """
+
+    share: Annotated[float, Range(gt=0, lt=1), "target entropy as a share of the largest, where `entropy` is not given"] = 0.98
+    equation: ClassVar[str] = "l = π(s)ᵀ [-log α (log π(s) + H)], H = share log|A|"
+
+    def goal(self, nets: Nets) -> float:
+        """The target entropy in nats."""
+        return self.share * math.log(max(nets.actions, 1)) if self.entropy is None else self.entropy
+
+    def __call__(self, batch: Batch, nets: Nets, rng: Draws) -> tuple[Float[Tensor, "B T"], dict[str, Tensor]]:
+        """The loss of each decision; tells the temperature and the entropy."""
+        if DRAWN not in batch.stats:
+            with torch.no_grad():
+                log_probs = nets.log_probs(seen(batch))
+                batch = batch.adding({DRAWN: expected(log_probs, log_probs).view(batch.shape)})
+        return super().__call__(batch, nets, rng)

@@ -57,3 +57,15 @@ def pooled(values: Float[Tensor, "E N K"], how: Pool) -> Float[Tensor, " N"]:
     if how == "first":
         return mean[0]
     return mean.amin(0) if how == "min" else mean.mean(0)
+
+
+def of_actions(values: Float[Tensor, "E N V"], how: Pool) -> Float[Tensor, "N V"]:
+    """One value per action: members pooled."""
+    if how == "first":
+        return values[0]
+    return values.amin(0) if how == "min" else values.mean(0)
+
+
+def expected(log_probs: Float[Tensor, "N V"], x: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
+    """sum_a pi(a) x(a); an action of probability 0 adds 0, whatever its x."""
+    return torch.where(log_probs.isneginf(), torch.zeros_like(x), log_probs.exp() * x).sum(-1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,13 +83,26 @@ class ActorCritic(MLPPolicy):
         """ "policy" and every network that parts asked for; slow copies are not among them."""
         return {"policy": self.policy, **dict(self.extra.items())}
 
-    def _standard(self, obs: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
+    @property
+    def actions(self) -> int:
+        """Discrete actions, or components of a continuous one."""
+        return self.head.outputs if Can.ENUMERATE in self.can else self.action.size
+
+    def standardised(self, obs: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
+        """Observations as the networks see them."""
         return obs if self.moments is None else self.moments(obs)
 
     def _output(self, obs: Float[Tensor, "N D"], slow: bool) -> tuple[Tensor, Tensor | None]:
         net = self._net("policy", slow)
         assert isinstance(net, ActorNet)
-        return net(self._standard(obs)), net.log_std
+        return net(self.standardised(obs)), net.log_std
+
+    @torch.no_grad()
+    def standardise(self, mean: Float[Tensor, " D"], std: Float[Tensor, " D"]) -> None:
+        """Fix how observations are standardised: (s - mean) / (std + 0.001), by the statistics of a dataset."""
+        assert self.moments is not None
+        self.moments.shift.copy_(mean)
+        self.moments.scale.copy_(1 / (std + 1e-3))
 
     def draw(self, obs: Float[Tensor, "N D"], rng: Draws, *, slow: bool = False) -> tuple[Tensor, Tensor]:
         """An action [N,A] in [-1, 1], differentiable in the policy, and its log-density [N] (0 where deterministic)."""
@@ -112,7 +125,7 @@ class ActorCritic(MLPPolicy):
 
     def values(self, name: str, obs: Tensor, action: Tensor | None = None, *, slow: bool = False) -> Float[Tensor, "E N K"]:
         """Outputs of all members of net `name`; `action` for nets that read one."""
-        x = self._standard(obs)
+        x = self.standardised(obs)
         found: Tensor = self._net(name, slow)(x if action is None else torch.cat([x, action], -1))
         return found
 
@@ -172,8 +185,16 @@ def distribution_of(method: Any) -> str:
 def build(task: Any, settings: Any, nets: Any, seed: int) -> ActorCritic:
     """The policy for a control task and the method `nets`, whose parts say which networks and distribution they need."""
     observation, action = task.spaces()
+    normalised = settings.policy.normalize_obs or bool(getattr(nets.source, "normalize_obs", False))
     policy = ActorCritic(
-        observation, action, settings.policy, distribution_of(nets), nets.networks().values(), nets.copies(), seed, task.name
+        observation,
+        action,
+        replace(settings.policy, normalize_obs=normalised),
+        distribution_of(nets),
+        nets.networks().values(),
+        nets.copies(),
+        seed,
+        task.name,
     )
     return policy.to(settings.device)
 

@@ -1,4 +1,4 @@
-"""SAC: an actor-critic that also earns entropy, at a temperature which is the multiplier of a least entropy.
+"""SAC, the second version: no value network, and a temperature that is the multiplier of a least entropy.
 
     max E[sum r]  s.t.  E[-log pi(a_t|s_t)] >= H
     y = r + gamma (1 - d) [min_i Q'_i(s', a') - alpha log pi(a'|s')],  a' ~ pi(.|s')
@@ -7,40 +7,34 @@
     L_alpha = mean [-log alpha (log pi(a|s) + H)],  log pi detached
     Q' <- tau Q + (1 - tau) Q'
 
-Haarnoja et al., "Soft actor-critic algorithms and applications" (arXiv 1812.05905). Order per round: critics, actor, temperature,
-slow copies. Evaluation acts with tanh(m).
+Against the first version: slow copies of the critics in place of the value network, alpha learned in place of a reward scale.
+Haarnoja et al., "Soft actor-critic algorithms and applications" (arXiv 1812.05905). Order of a round: critics, actor,
+temperature, slow copies. Evaluation acts with tanh(m).
 
 Defaults: rates 3e-4, tau 0.005, batch 256, H minus the number of action components, log alpha 0 at the start, log-deviations within
-[-20, 2]. As in the released code the multiplier's loss is in log alpha. Not included: the version with a value network (`sac-v1`).
+[-20, 2]. As in the released code the multiplier's loss is in log alpha.
 """
-
-from dataclasses import replace
 
 from polopt.claim import Floor
 from polopt.method import Update
-from polopt.methods.offpolicy.td3 import ACTOR, CRITIC, TD3
+from polopt.methods.offpolicy.sac_v1 import ACTOR, CRITIC, RULE, SAC_V1
 from polopt.parts.actor.pathwise import SoftGradient
 from polopt.parts.after import Polyak
-from polopt.parts.critic_q import QRegression
 from polopt.parts.multiplier import Temperature
-from polopt.parts.rule.descend import Descend
 from polopt.parts.target.soft import SoftTarget
 from polopt.registry import register
 
 SAC = register(
-    TD3.but(
+    SAC_V1.but(
         "sac",
-        explore=None,
         target=SoftTarget(gamma=0.99),
-        critic=QRegression(members=2, scale=0.5),
         actor=SoftGradient(),
         multiplier=Temperature(),
         updates=(
             CRITIC,
-            replace(ACTOR, every=1, after=()),
+            ACTOR,
             Update(
-                "temperature", "policy", ("temperature",), ("multiplier",), rule=Descend(lr=3e-4, max_grad_norm=None),
-                after=(Polyak(of=("critic",), tau=0.005),),
+                "temperature", "policy", ("temperature",), ("multiplier",), rule=RULE, after=(Polyak(of=("critic",), tau=0.005),)
             ),
         ),
         title="Soft Actor-Critic with automatic temperature",
@@ -51,4 +45,4 @@ SAC = register(
         claim="State-of-the-art sample efficiency and asymptotic return on MuJoCo, very stable across seeds.",
         floor=Floor("gym:Pendulum-v1", "10k-decisions", -300, settings={"evaluate.episodes": 16}),
     )
-)  # fmt: skip
+)

@@ -13,7 +13,7 @@ from polopt.draws import Draws
 from polopt.interfaces import Nets
 from polopt.part import Can, Part, Range, register_part
 from polopt.parts.multiplier import DRAWN, lacks_temperature, temperature
-from polopt.parts.transitions import Pool, pooled, seen
+from polopt.parts.transitions import Pool, expected, of_actions, pooled, seen
 
 if TYPE_CHECKING:
     from polopt.method import Method, Update
@@ -68,3 +68,25 @@ class SoftGradient(Part):
         value = pooled(nets.values("critic", obs, action), self.pool)
         loss = temperature(self.alpha, nets) * logp - value
         return loss.view(batch.shape), {DRAWN: logp.detach().view(batch.shape)}
+
+
+@register_part("actor", "soft-enumerated")
+@dataclass(frozen=True)
+class SoftActions(SoftGradient):
+    """l = pi(s)^T [alpha log pi(s) - min_i Q_i(s)], Q without gradient (SAC for discrete actions, arXiv 1910.07207, eq. 12)."""
+
+    distribution: ClassVar[str] = "categorical"
+    equation: ClassVar[str] = "l = π(s)ᵀ [α log π(s) - min_i Q_i(s)]"
+
+    @property
+    def requires(self) -> frozenset[Can]:
+        """A policy that holds critics, and discrete actions."""
+        return frozenset({Can.NETS, Can.ENUMERATE})
+
+    def __call__(self, batch: Batch, nets: Nets, rng: Draws) -> tuple[Float[Tensor, "B T"], dict[str, Tensor]]:
+        """The loss of each decision; hands on the expected log-probability (minus the entropy)."""
+        obs = seen(batch)
+        log_probs = nets.log_probs(obs)
+        values = of_actions(nets.values("critic", obs), self.pool).detach()
+        loss = expected(log_probs, temperature(self.alpha, nets) * log_probs - values)
+        return loss.view(batch.shape), {DRAWN: expected(log_probs, log_probs).detach().view(batch.shape)}

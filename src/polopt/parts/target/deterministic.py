@@ -12,7 +12,7 @@ from polopt.batch import Batch
 from polopt.draws import Draws
 from polopt.interfaces import Nets
 from polopt.part import Can, Part, Range, register_part
-from polopt.parts.transitions import discount, following, pooled, rewards
+from polopt.parts.transitions import discount, following, pooled, rewards, seen, taken
 
 
 @dataclass(frozen=True)
@@ -68,3 +68,20 @@ class ClippedDouble(Bootstrap):
             action = (action + shake).clamp(-1, 1)
         value = pooled(nets.values("critic", after, action, slow=True), "min")
         return (rewards(batch) + discount(batch, self.gamma) * value).view(batch.shape)
+
+
+@register_part("target", "of-data")
+@dataclass(frozen=True)
+class OfData(Bootstrap):
+    """y = min_i Q'_i(s, a) at the dataset's own action: what IQL's value net takes an expectile of (arXiv 2110.06169, eq. 5)."""
+
+    equation: ClassVar[str] = "y = min_i Q'_i(s, a)"
+
+    @property
+    def copies(self) -> frozenset[str]:
+        """Of the critic."""
+        return frozenset({"critic"})
+
+    def __call__(self, batch: Batch, nets: Nets) -> Float[Tensor, "B T"]:
+        """The target of each decision's state."""
+        return pooled(nets.values("critic", seen(batch), taken(batch), slow=True), "min").view(batch.shape)

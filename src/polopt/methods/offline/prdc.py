@@ -1,0 +1,29 @@
+"""PRDC: the policy is pulled to the nearest action of the whole dataset, not to the one logged in the same state.
+
+    abar = a_i,  i = argmin_{(s_i, a_i) in D} |[beta s_i, a_i] - [beta s, mu(s)]|
+    L_mu = mean [-lambda Q_1(s, mu(s)) + (mu(s) - abar)^2],  lambda = alpha / mean|Q_1|, detached
+
+Against TD3+BC: only what is cloned. The policy may take an action never logged here but logged at a similar state; with a large
+beta the neighbour is found at the same state, as in TD3+BC. Ran et al., "Policy regularization with dataset constraint for
+offline reinforcement learning" (arXiv 2306.06569, ICML 2023).
+
+Defaults: alpha 2.5 (HalfCheetah 40, AntMaze 7.5), beta 2 (AntMaze 7.5), one neighbour; more are averaged. The tree over the data
+lives on the host and is built once. Only the action part of the neighbour pulls, as in the released code.
+"""
+
+from polopt.methods.offline.td3_bc import TD3_BC
+from polopt.parts.actor.offline import NearestInData
+from polopt.registry import register
+
+PRDC = register(
+    TD3_BC.but(
+        "prdc",
+        actor=NearestInData(alpha=2.5, beta=2.0, neighbours=1),
+        title="Policy Regularization with Dataset Constraint",
+        paper="2306.06569",
+        year=2023,
+        card=206,
+        doc=__doc__ or "",
+        claim="State of the art on D4RL locomotion and navigation at publication.",
+    )
+)

@@ -1,0 +1,23 @@
+"""Annealed Q-learning: critics move from the Bellman optimality operator to the Bellman operator, in TD3 and in SAC.
+
+    L_Q = sum_i mean |tau - 1[u < 0]| u^2,  u = y - Q_i(s,a)          y as in TD3 or SAC
+    tau(t) = tau_0 - (tau_0 - 1/2) min(1, t/T)
+
+An expectile above 1/2 over the randomness of a' (and s') models the value of better actions than the policy's: fast, but it
+overestimates; at 1/2 it is the parent's loss (times 1/2). No further network, no further draw. Omura et al., "Gradual transition
+from Bellman optimality operator to Bellman operator in online reinforcement learning" (arXiv 2506.05968, ICML 2025).
+
+Defaults: tau_0 = 0.9, linear to 1/2 over the whole run, the rest as the parent. Stochastic transitions and rewards are taken
+optimistically, too, while tau > 1/2. Not included: the tabular study (it is a test).
+"""
+
+from polopt.methods.offpolicy.sac import SAC
+from polopt.methods.offpolicy.td3 import TD3
+from polopt.parts.critic_q import ExpectileQ
+from polopt.registry import register
+
+CLAIM = "Significantly outperforms existing approaches on locomotion and manipulation, robust in tau_0."
+COMMON = {"paper": "2506.05968", "year": 2025, "card": 133, "doc": __doc__ or "", "claim": CLAIM, "builds_on": ("iql",)}
+
+AQ_TD3 = register(TD3.but("aq-td3", critic=ExpectileQ(members=2), title="Annealed Q-learning (TD3)", **COMMON))
+AQ_SAC = register(SAC.but("aq-sac", critic=ExpectileQ(members=2), title="Annealed Q-learning (SAC)", **COMMON))

@@ -1,0 +1,55 @@
+"""SAC with a value network, the first version: reward scale in place of a temperature, a slow state value in the target.
+
+    L_V  = mean 1/2 (V(s) - [min_i Q_i(s,a~) - log pi(a~|s)])^2,  a~ ~ pi drawn afresh
+    L_Qi = mean 1/2 (Q_i(s,a) - [c r + gamma (1 - d) V'(s')])^2
+    L_pi = mean [log pi(a|s) - min_i Q_i(s,a)],  a = tanh(m(s) + s(s) xi)
+    V' <- tau V + (1 - tau) V'
+
+Against DDPG: a stochastic actor that is paid for entropy at temperature 1, rewards scaled by c (the inverse temperature), two
+critics, a state-value network whose slow copy is the only one. Haarnoja et al., "Soft actor-critic: off-policy maximum entropy
+deep reinforcement learning with a stochastic actor" (arXiv 1801.01290, ICML 2018).
+
+Defaults: c = 5 (the paper's for HalfCheetah, Hopper, Walker, Ant; Humanoid 20), rates 3e-4, tau 0.005, batch 256. Evaluation acts
+with tanh(m). Here the three updates follow each other; the released code takes all gradients first. Not included: hard copies
+every 1000 steps (use `after copy`), the Gaussian mixture policy.
+"""
+
+from dataclasses import replace
+
+from polopt.claim import Floor
+from polopt.method import Update
+from polopt.methods.offpolicy.ddpg import DDPG
+from polopt.parts.actor.pathwise import SoftGradient
+from polopt.parts.after import Polyak
+from polopt.parts.critic_q import QRegression, StateRegression
+from polopt.parts.rule.descend import Descend
+from polopt.parts.target.soft import SoftState, StateValueTarget
+from polopt.registry import register
+
+RULE = Descend(lr=3e-4, max_grad_norm=None)
+CRITIC, ACTOR = (replace(u, rule=RULE, after=()) for u in DDPG.updates)
+
+SAC_V1 = register(
+    DDPG.but(
+        "sac-v1",
+        explore=None,
+        target=StateValueTarget(gamma=0.99, reward_scale=5.0),
+        critic=QRegression(members=2, scale=0.5),
+        actor=SoftGradient(alpha=1.0),
+        updates=(
+            Update(
+                "value", "policy", ("value",), ("critic",), rule=RULE, after=(Polyak(of=("value",), tau=0.005),),
+                target=SoftState(alpha=1.0), critic=StateRegression(),
+            ),
+            CRITIC,
+            ACTOR,
+        ),
+        title="Soft Actor-Critic (with a value network)",
+        paper="1801.01290",
+        year=2018,
+        card=112,
+        doc=__doc__ or "",
+        claim="Outperforms DDPG, PPO and TD3 on hard MuJoCo tasks, with similar performance across seeds.",
+        floor=Floor("gym:Pendulum-v1", "10k-decisions", -400, settings={"evaluate.episodes": 16}),
+    )
+)  # fmt: skip
