@@ -11,7 +11,7 @@ from torch import Tensor
 from polopt import objective
 from polopt.batch import Batch, Clock, Totals
 from polopt.draws import Draws
-from polopt.interfaces import Nets, Policy, State
+from polopt.interfaces import Nets, Policy, State, Terms
 from polopt.loops.compiled import CompiledSteps, can_compile
 from polopt.loops.flat import FlatParameters
 from polopt.memory import Memory
@@ -74,7 +74,7 @@ class Problem:
         loss, info = objective.loss(e.method, e.update, batch, now, advantage, self.totals, e.memory, e.draws, e.nets)
         return loss, info, batch, now
 
-    def backward(self) -> Diagnostics:
+    def backward(self, terms: Terms | None = None) -> Diagnostics:
         """Gradients of the whole minibatch, accumulated over its micro-batches, and diagnostics."""
         self.executor.clear()
         total: Diagnostics = {}
@@ -82,6 +82,12 @@ class Problem:
         self.seen.clear()
         for batch, advantage in self._micro():
             loss, info, batch, now = self._loss(batch, advantage)
+            if terms is not None:
+                more = terms(batch, now)
+                loss, info = (
+                    loss + torch.stack(list(more.values())).sum(),
+                    {**info, **{f"loss/{k}": v.detach() for k, v in more.items()}},
+                )
             loss.backward(inputs=self.executor.inputs)  # type: ignore[no-untyped-call]
             add_up(total, {"loss": loss.detach(), **info})
             if self.executor.observe_minibatch:
@@ -99,6 +105,16 @@ class Problem:
         """Mean KL(old || now) over valid decisions, with graph."""
         now = self.executor.policy.evaluate(self.batch, frozenset({"kl"}), NOW)["kl"]
         return torch.where(self.batch.mask, now, torch.zeros_like(now)).sum() / self.batch.mask.sum().clamp(min=1)
+
+    def kl_each(self) -> Tensor:
+        """KL(old || now) of each valid decision, with graph."""
+        return self.executor.policy.evaluate(self.batch, frozenset({"kl"}), NOW)["kl"][self.batch.mask]
+
+    def split(self, size: int) -> list[Problem]:
+        """Pieces of `size` rows, in order."""
+        cuts = [slice(i, i + size) for i in range(0, self.batch.shape[0], size)]
+        pieces = ((self.batch.rows(c), None if self.advantage is None else self.advantage[c]) for c in cuts)
+        return [Problem(self.executor, batch, advantage, self.clock) for batch, advantage in pieces]
 
 
 class Executor:
@@ -179,17 +195,23 @@ class Executor:
             return {"empty_batch": torch.ones(())}
         size = self.size(units)
         self.late = self.waiting(batch) if self.single_step(units) else frozenset()
+        whole = Problem(self, batch, advantage, clock) if hasattr(self.stepper, "finish") else None
+        if whole is not None:
+            self.stepper.begin(whole)
         if compiled and can_compile(self):
             self.compiled = self.compiled or CompiledSteps(self)
             total, ratios, steps, epochs = self.compiled.run(
                 batch, advantage, clock, size, compiled, lambda b, a: self._step(b, a, clock)
             )
         else:
-            total, ratios, steps, epochs = self._eager(batch, advantage, clock, size)
+            total, ratios, steps, epochs = self._eager(batch, advantage, clock, size, whole)
         means = {k: v / steps for k, v in total.items()}
-        return {**means, **quantiles(ratios), "epochs": torch.tensor(float(epochs))}
+        ends = self.stepper.finish(whole) if whole is not None else {}
+        return {**means, **quantiles(ratios), **ends, "epochs": torch.tensor(float(epochs))}
 
-    def _eager(self, batch: Batch, advantage: Tensor | None, clock: Clock, size: int) -> tuple[Diagnostics, list[Tensor], int, int]:
+    def _eager(
+        self, batch: Batch, advantage: Tensor | None, clock: Clock, size: int, whole: Problem | None = None
+    ) -> tuple[Diagnostics, list[Tensor], int, int]:
         """All steps one by one: sums of diagnostics, log-ratios of the last epoch, steps and epochs made."""
         total: Diagnostics = {}
         ratios: list[Tensor] = []
@@ -206,6 +228,8 @@ class Executor:
                 kl = kl + info.get("kl_old", torch.zeros(()))
                 inside += 1
             steps += inside
+            if whole is not None:
+                self.stepper.after_epoch(whole)
             if self.update.target_kl is not None and float(kl) / inside > self.update.target_kl:
                 break
         return total, ratios, steps, made
