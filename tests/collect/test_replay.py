@@ -6,14 +6,20 @@ import numpy as np
 import pytest
 import torch
 from collect.replay_worlds import World, expect, ring, same, saved
+from collect.toy_envs import register
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from polopt.batch import Batch
+from polopt.batch import Batch, Clock
 from polopt.collect import replay as module
 from polopt.collect.replay import Replay
+from polopt.collect.vector import VectorCollector
 from polopt.errors import CallError, PoloptError
+from polopt.interfaces import Request
 from polopt.parts.replay import Ring
+from polopt.policies.mlp import build
+from polopt.settings import CollectSettings, PolicySettings, Settings
+from polopt.tasks.gym import GymTask
 
 
 @settings(deadline=None, max_examples=60)
@@ -269,3 +275,30 @@ def test_a_ring_that_cannot_hold_a_batch_is_no_method() -> None:
     assert Ring().validate(None, None) is None  # type: ignore[arg-type]
     with pytest.raises(CallError, match=r"source\.utd = 0\.0 must be > 0"):
         Ring(utd=0.0)
+
+
+@pytest.mark.parametrize(("env", "how"), [("CartPole-v1", "sync"), ("CartPole-v1", "native"), ("toy/Counter-v0", "sync")])
+def test_a_ring_filled_by_a_collector_follows_the_episodes(env: str, how: str) -> None:
+    register()
+    task = GymTask(f"gym:{env}")
+    options = Settings(collect=CollectSettings(envs=3, steps=7, vectorize=how), policy=PolicySettings(hidden=(8,)))  # type: ignore[arg-type]
+    collector = VectorCollector(task, build(task, options, {"value"}, 0), options, False, 0)
+    observation, action = task.spaces()
+    discrete = action.kind == "discrete"
+    replay = Replay(
+        Ring(size=3000, batch=16, start=0, n_step=3), obs_size=observation.size, action_size=action.size, discrete=discrete,
+        channels=1, envs=3, gamma=0.9, generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    for _ in range(20):
+        replay.write(collector.answer([Request(i) for i in collector.draw(collector.want)], clock=Clock()))
+    assert replay.written == len(replay) == collector.costs()["decisions"]
+    ends = 0
+    for e in range(3):
+        rows = replay.history(e)
+        code = rows[:-1, replay.layout.end]
+        ends += int((code != 0).sum())
+        going = code == 0
+        assert torch.equal(rows[:-1, replay.layout.next][going], rows[1:, : observation.size][going])
+        assert not torch.equal(rows[:-1, replay.layout.next][~going], rows[1:, : observation.size][~going])
+    assert ends > 5
+    collector.close()

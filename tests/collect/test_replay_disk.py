@@ -83,7 +83,7 @@ def test_a_journal_cut_off_in_the_middle_is_read_as_far_as_it_goes(tmp_path: Pat
     replay.write(world.fragment(8))
     state, expected = replay.state(), replay.draw(1)
     replay.write(world.fragment(3))
-    journal = next(tmp_path.glob("undo-*.bin"))
+    journal = next((tmp_path / "replay").glob("undo-*.bin"))
     assert journal.stat().st_size == 8 + 3 * 8 + 3 * replay.layout.bytes
     with journal.open("ab") as f:
         f.write(np.int64(2).tobytes() + b"half a record")
@@ -99,7 +99,7 @@ def test_a_journal_never_outgrows_the_ring(tmp_path: Path) -> None:
     state, expected = replay.state(), replay.draw(1)
     for _ in range(30):
         replay.write(world.fragment(3))
-    assert next(tmp_path.glob("undo-*.bin")).stat().st_size == 3 * 8 + 8 * (8 + replay.layout.bytes)
+    assert next((tmp_path / "replay").glob("undo-*.bin")).stat().st_size == 3 * 8 + 8 * (8 + replay.layout.bytes)
     back = ring(world, size=8, storage="disk", folder=tmp_path)
     back.load(state)
     same(back.draw(1), expected)
@@ -113,7 +113,7 @@ def test_a_second_run_in_the_folder_does_not_read_the_first_ones_journals(tmp_pa
     second = ring(other, size=8, storage="disk", folder=tmp_path)
     second.write(other.fragment(3))
     state = second.state()
-    assert [p.name for p in tmp_path.glob("undo-*.bin")] == ["undo-000000000000003.bin"]
+    assert [p.name for p in (tmp_path / "replay").glob("undo-*.bin")] == ["undo-000000000000003.bin"]
     second.write(other.fragment(4))
     back = ring(other, size=8, storage="disk", folder=tmp_path)
     back.load(state)
@@ -125,7 +125,7 @@ def test_the_file_has_its_place_reserved_and_a_longer_run_finds_room(tmp_path: P
     world = World(2, np.random.default_rng(0))
     replay = ring(world, size=1000, budget=20, storage="disk", folder=tmp_path)
     assert replay.describe() == "20 transitions, 560 bytes on disk"
-    stat = (tmp_path / "ring.f32").stat()
+    stat = (tmp_path / "replay/ring.f32").stat()
     assert stat.st_size == 1000 * 28
     replay.write(world.fragment(11))
     state = replay.state()

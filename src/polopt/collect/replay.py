@@ -29,9 +29,9 @@ class Replay:
     are not kept, fell on some environments only.
 
     capacity: the transitions that there is room for, `size` rounded up to a multiple of `envs`; where budget_decisions is known
-    and smaller, only that many (the file of a ring on disk goes on with a hole, so that a longer run finds room). folder: where a
-    ring on disk has its file. generator: draws come from it; its state is part of `state()`. Raises `CallError` when the ring does
-    not fit into memory or on the disk; nothing was allocated then.
+    and smaller, only that many (the file of a ring on disk goes on with a hole, so that a longer run finds room). folder: that
+    of the run, below which a ring on disk has its file. generator: draws come from it; its state is part of `state()`. Raises
+    `CallError` when the ring does not fit into memory or on the disk; nothing was allocated then.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Replay:
         self._disk: DiskRows | None = None
         if ring.storage == "disk":
             assert folder is not None
-            self._disk = DiskRows(folder, self.slots * envs, self.capacity, self.layout.width)
+            self._disk = DiskRows(folder / "replay", self.slots * envs, self.capacity, self.layout.width)
             self._data = self._disk.data
         else:
             self._data = torch.empty(self.capacity, self.layout.width, device=self.device)
