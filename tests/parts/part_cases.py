@@ -13,6 +13,7 @@ from polopt.batch import Batch
 from polopt.draws import Draws
 from polopt.objective import Now
 from polopt.part import Part, ask, call
+from polopt.parts.advantage.beta_normalised import BetaNormalised
 from polopt.parts.advantage.gae import GAE, NStep
 from polopt.parts.advantage.group import GroupBaseline
 from polopt.parts.advantage.monte_carlo import MonteCarlo
@@ -38,7 +39,7 @@ ADVANTAGES: list[Part] = [
     GAE(0.9, 0.8), GAE(0.9, 0.8, standardise=True), NStep(0.9), NStep(0.9, standardise=True), MonteCarlo(0.9),
     MonteCarlo(0.9, "value"), MonteCarlo(0.9, "value", standardise=True), MonteCarlo(credit="whole"), RunningMean(),
     GroupBaseline(), GroupBaseline(scale="batch"), GroupBaseline("leave-one-out", "none"), GroupBaseline("batch", "batch"),
-    GroupBaseline("batch", "group"), GroupBaseline("none", "none"),
+    GroupBaseline("batch", "group"), GroupBaseline("none", "none"), BetaNormalised(low=-50.0, high=50.0),
 ]  # fmt: skip
 OTHERS: list[Part] = [
     KLInReward(), KLInReward(form="sequence"), SoftOverlong(), TruncatedImportance(), ScoreFunction(), Ratio(), Clip(),

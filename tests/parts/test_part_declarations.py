@@ -13,6 +13,7 @@ from torch import Tensor
 from polopt.batch import Batch, Totals
 from polopt.errors import CallError, MissingStatistic
 from polopt.part import Can, Part, call
+from polopt.parts.advantage.beta_normalised import BetaNormalised
 from polopt.parts.advantage.gae import GAE, NStep
 from polopt.parts.advantage.group import GroupBaseline
 from polopt.parts.advantage.monte_carlo import MonteCarlo
@@ -23,6 +24,8 @@ from polopt.parts.reward.overlong import SoftOverlong
 from polopt.parts.select.truncated import DropTruncated
 
 torch.set_num_threads(1)
+#: Parts that need whole rows.
+WHOLE = BetaNormalised | GroupBaseline | RunningMean | MonteCarlo | SoftOverlong | DropTruncated
 
 
 # -------------------------------------------------------------------- what is declared is what is read
@@ -36,7 +39,8 @@ def test_parts_read_the_statistics_that_they_declare(part: Part) -> None:
     if isinstance(part, AdaptiveKL):
         later = replace(batch, stats=Noted({**batch.stats, "logp@stepped": x["logp@ref"]}, read))
         part.observe("stepped", batch=later, memory=part.initial())
-    assert read - {"return@old", *part.surveys} == part.needs | (part.reads - {"group"})  # the return is made from the advantage part
+    made = {"return@old", *part.surveys}  # from the advantage part, and by the part itself
+    assert read - made == part.needs | (part.reads - {"group"})
 
 
 @pytest.mark.parametrize("part", EVERY, ids=IDS)
@@ -45,7 +49,7 @@ def test_parts_ask_for_what_their_statistics_come_from(part: Part) -> None:
     assert (Can.REFERENCE in part.requires) == any(n.endswith("@ref") for n in part.needs)
     scored = part.kind in ("surrogate", "penalty", "reward") and any(n.startswith("logp") for n in part.needs)
     assert (Can.SCORE in part.requires) == scored
-    whole = isinstance(part, GroupBaseline | RunningMean | MonteCarlo | SoftOverlong | DropTruncated)  # rows must be whole
+    whole = isinstance(part, WHOLE)
     assert (Can.EPISODES in part.requires) == whole
 
 

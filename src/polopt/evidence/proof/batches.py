@@ -135,6 +135,13 @@ def value_is_group_mean(batch: Batch) -> Batch:
     return batch.adding({"value@old": batch.pool(batch.outcome(), "group", "mean")[:, None] - before})
 
 
+@condition("success-or-failure", "one reward of 0 or 1 for each row", "content")
+def success_or_failure(batch: Batch) -> Batch:
+    """The rewards are one channel: 1 at the last decision of rows whose rewards were positive in sum, 0 elsewhere."""
+    won = (batch.outcome() > 0).to(F64)
+    return replace(batch, reward=torch.where(last_valid(batch.mask), won[:, None], 0.0)[..., None])
+
+
 # -------------------------------------------------------------------- drawing
 @functools.lru_cache(maxsize=64)
 def random_batches(
