@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from polopt.batch import Batch
 from polopt.columns import last_valid
-from polopt.interfaces import Request
+from polopt.interfaces import Request, Seen
 from polopt.part import Can
 from polopt.run import seed_of
 from polopt.stats import NOW, STATS, View
@@ -38,7 +38,7 @@ class TablePolicy(nn.Module):
         return {"policy": self}
 
     def table(self, batch: Batch, logits: Tensor) -> Tensor:
-        return logits[batch.keys["item"], batch.row["hint"].long()]
+        return logits[batch.keys["item"], batch.row["level"].long()]
 
     def evaluate(self, batch: Batch, want: frozenset[str], view: View = NOW) -> dict[str, Tensor]:
         self.seen.append((view.params, want))
@@ -82,10 +82,14 @@ class TableCollector:
         first, self.next = self.next, self.next + n
         return [i % self.policy.logits.shape[0] for i in range(first, first + n)]
 
+    def look(self, item: int) -> Seen:
+        """An empty prompt, and a solution of four symbols: a hint's length is its level."""
+        return Seen("", "####", lambda prompt: True)
+
     def answer(self, requests: Sequence[Request], *, clock: Any) -> Batch:
         self.requests.append(requests)
         item = torch.tensor([r.item for r in requests for _ in range(r.count)])
-        hint = torch.tensor([float(r.context or 0) for r in requests for _ in range(r.count)])
+        hint = torch.tensor([float(len(r.context or "")) for r in requests for _ in range(r.count)])
         group = torch.tensor([g for g, r in enumerate(requests) for _ in range(r.count)])
         logits = self.policy.logits.detach()[item, hint.long()]
         action = torch.multinomial(logits.softmax(-1).reshape(-1, V), 1, generator=self.rng).view(-1, T)
@@ -96,7 +100,7 @@ class TableCollector:
         return Batch(
             mask=mask, reward=reward[..., None], terminated=last_valid(mask), truncated=torch.zeros_like(mask),
             group=group, keys={"item": item}, units={"group": len(requests), "item": self.policy.logits.shape[0]},
-            action=action, stats={"logp@behaviour": logp}, row={"hint": hint}, horizon=T,
+            action=action, stats={"logp@behaviour": logp}, row={"level": hint}, horizon=T,
         )  # fmt: skip
 
     def evaluate(self, episodes: int) -> dict[str, float]:
@@ -125,7 +129,7 @@ class TableTask:
 
     name: str = "table"
     domain: str = "table"
-    offers: frozenset[Can] = frozenset({Can.SCORE, Can.GROUPS, Can.EPISODES, Can.REFILL, Can.REFERENCE, Can.VALUE})
+    offers: frozenset[Can] = frozenset({Can.SCORE, Can.GROUPS, Can.EPISODES, Can.REFILL, Can.REFERENCE, Can.VALUE, Can.SOLUTIONS})
 
     def preset(self, method: Any) -> Mapping[str, Any]:
         return {}

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from polopt.columns import (
     all_end,
-    cat_left,
     cat_tree,
     column_of,
     common_shape,
     flags_of,
+    join_contexts,
     last_valid,
     missing_message,
     next_valid,
@@ -30,7 +30,8 @@ Tree = Any  # a tensor, or a dict of trees; only policies look inside
 How = Literal["mean", "sum", "std", "var", "max", "min", "count"]
 
 # Provenance of a decision (`Batch.source`).
-OWN, FORCED, EXPERT, REVISED, REPLAYED = range(5)
+# HINTED: the policy's own, drawn under another context than the item's (a hint in the prompt).
+OWN, FORCED, EXPERT, REVISED, REPLAYED, HINTED = range(6)
 
 
 @dataclass(frozen=True)
@@ -323,8 +324,9 @@ class Batch:
     def cat(cls, batches: Sequence[Batch]) -> Batch:
         """Join batches row-wise, padding decisions on the right and context on the left.
 
-        Groups stay distinct; other keys (a prompt's id, say) mean the same in every batch and keep their numbers. Raises
-        `CallError` when only some of the batches have groups.
+        A context entry that only some batches have is empty, all padding, in the rows of the others. Groups stay distinct; other
+        keys (a prompt's id, say) mean the same in every batch and keep their numbers. Raises `CallError` when only some of the
+        batches have groups.
         """
         if len(batches) == 1:
             return batches[0]
@@ -358,7 +360,7 @@ class Batch:
             source=join(lambda b: b.source), version=join(lambda b: b.version),
             stats=table(lambda b: b.stats), keys=table(lambda b: b.keys), row=table(lambda b: b.row),
             obs=join(lambda b: b.obs), action=join(lambda b: b.action), next_obs=join(lambda b: b.next_obs),
-            context={k: cat_left([b.context[k] for b in padded]) for k in first.context},
+            context=join_contexts([b.context for b in padded], [b.shape[0] for b in padded]),
             final=None,
             units=sizes,
             horizon=max(b.horizon for b in padded),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -139,3 +139,17 @@ def cat_left(values: list[Any]) -> Any:
         return torch.cat(values)
     width = max(v.shape[1] for v in values)
     return torch.cat([pad_axis(v, width - v.shape[1], left=True) for v in values])
+
+
+def join_contexts(contexts: Sequence[Mapping[str, Any]], rows: Sequence[int]) -> dict[str, Any]:
+    """Contexts of all rows, one below the other; entries that a batch lacks are of width 0 before they are padded."""
+    known = {k: v for context in reversed(contexts) for k, v in context.items()}
+    names = dict.fromkeys(k for context in contexts for k in context)
+    return {k: cat_left([c[k] if k in c else _nothing(known[k], n) for c, n in zip(contexts, rows, strict=True)]) for k in names}
+
+
+def _nothing(like: Any, rows: int) -> Any:
+    """A context entry of width 0."""
+    if isinstance(like, Mapping):
+        return {k: _nothing(v, rows) for k, v in like.items()}
+    return like.new_zeros(rows, 0, *like.shape[2:]) if like.dim() > 1 else like.new_zeros(rows)

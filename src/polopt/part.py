@@ -40,6 +40,7 @@ class Can(StrEnum):
     GROUPS = "groups"  # the task can be sampled several times from one starting point
     EPISODES = "episodes"  # the collector can return whole episodes as rows
     REFILL = "refill"  # the collector answers requests one after the other inside one iteration
+    SOLUTIONS = "solutions"  # items come with reference solutions
     ITEMS = "items"  # the task has a known number of items, each with a number of its own
 
 
@@ -51,6 +52,7 @@ REASONS = {
     Can.GROUPS: "several samples from the same starting point",
     Can.REFILL: "a task that answers further requests inside one iteration (text)",
     Can.EPISODES: "whole episodes",
+    Can.SOLUTIONS: "reference solutions, to take hints from",
     Can.ITEMS: "a table of prompts (a task with a known number of items)",
     Can.VALUE: "a value function",
     Can.NETS: "a policy that holds critics of actions",

@@ -16,10 +16,10 @@ from worlds import TableCollector, TablePolicy, TableTask
 
 import polopt.loops.improve as loop
 from polopt.batch import Batch
-from polopt.interfaces import Plan, Request, Sampling
 from polopt.method import Method, Update
 from polopt.part import Part
 from polopt.parts.rule.descend import Descend
+from polopt.parts.sampler.hints import Hints
 from polopt.registry import get_method
 from polopt.settings import Settings
 
@@ -43,40 +43,13 @@ def needs_hint(item: Tensor, hint: Tensor, action: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------ staged sampler (arXiv 2507.10628)
-@dataclass(frozen=True)
-class Hints(Part):
-    """Re-ask prompts whose answers all fail with more and more of the solution in the prompt."""
-
-    kind: ClassVar[str] = "sampler"
-    name: ClassVar[str] = "hints"
-    group_size: int = 8
-    levels: int = 3
-
-    def __call__(self, plan: Plan, memory: Mapping[str, Tensor]) -> Sampling:
-        items = plan.draw(plan.want)
-        batch = yield [Request(item=i, count=self.group_size) for i in items]
-        for level in range(1, self.levels + 1):
-            failed = batch.pool(batch.outcome(), by="group", how="max") <= 0
-            hard = [items[g] for g in batch.group[failed].unique().tolist()]
-            if not hard:
-                break
-            retry = yield [Request(item=i, count=self.group_size, context=level) for i in hard]
-            items = [items[g] for g in batch.group[~failed].unique().tolist()] + hard
-            batch = Batch.cat([renumbered(batch.rows(~failed)), retry]) if (~failed).any() else retry
-        return {"policy": batch}
-
-
-def renumbered(batch: Batch) -> Batch:
-    return batch.with_key("group", batch.group)
-
-
 def test_staged_sampler_resamples_only_failed_groups(monkeypatch: pytest.MonkeyPatch) -> None:
-    ghpo = get_method("grpo").but("ghpo", sampler=Hints(), penalty=(), rule=SGD)
+    ghpo = get_method("ghpo").but("ghpo", sampler=Hints(connector=""), rule=SGD)
     run = build(monkeypatch, ghpo, needs_hint)
     run.step()
     asked = [[(r.item, r.context) for r in requests] for requests in run.collector.requests]
-    assert (3, 1) in asked[1]
-    assert (3, 2) in asked[2]
+    assert (3, "#") in asked[1]
+    assert (3, "##") in asked[2]
     assert all(i in (0, 1, 2, 3) for i, _ in asked[1])
     before = run.policy.start[3, 0]
     assert torch.equal(run.policy.logits[3, 0].detach(), before), "the plain prompt of a hinted group must not move"
@@ -85,7 +58,7 @@ def test_staged_sampler_resamples_only_failed_groups(monkeypatch: pytest.MonkeyP
 def test_staged_sampler_without_failures_is_its_parent(monkeypatch: pytest.MonkeyPatch) -> None:
     solved = lambda item, hint, action: (action[:, 0] < 4).float()  # noqa: E731
     parent = get_method("grpo").but("parent", penalty=(), rule=SGD)
-    child = parent.but("ghpo", sampler=Hints(group_size=parent.sampler.group_size))
+    child = get_method("ghpo").but("ghpo", rule=SGD)
     runs = [build(monkeypatch, m, solved) for m in (parent, child)]
     for run in runs:
         for _ in range(3):

@@ -60,7 +60,7 @@ class TableCollector:
         if not requests:
             raise CallError("a sampler yielded no requests")
         for r in requests:
-            if r.item is None or r.context is not None or r.limit is not None:
+            if r.item is None or any(x is not None for x in (r.context, r.scored, r.limit)):
                 raise CallError("table tasks answer requests of an item and a count, with a prefix or a temperature if need be")
         counts = torch.tensor([r.count for r in requests])
         spread = torch.repeat_interleave(torch.arange(len(requests)), counts).to(self.policy.device)

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from polopt.batch import FORCED, OWN, Batch, Clock
+from polopt.batch import FORCED, HINTED, OWN, Batch, Clock
 from polopt.collect.items import ItemStream
 from polopt.columns import last_valid
-from polopt.errors import CallError
-from polopt.interfaces import Request, State
+from polopt.errors import CallError, PoloptError
+from polopt.interfaces import Request, Seen, State
 from polopt.method import Method
-from polopt.part import call
+from polopt.part import Can, call
 from polopt.policies.lm import Drawn, LMPolicy, Sampling
 from polopt.policies.lm.prompts import pad_left
 from polopt.run import Streams, seed_of
 from polopt.settings import Settings
-from polopt.tasks.text_protocol import Item, TextTask, check_scores, refuse_empty
+from polopt.tasks.text_protocol import Item, Prompt, TextTask, check_scores, refuse_empty, refuse_unsolved, solution_of
 
 #: Completions generated at once in an evaluation.
 EVAL_ROWS = 256
@@ -43,6 +44,8 @@ class TextCollector:
         self.train, self.held_out = task.items("train"), task.items("eval")
         refuse_empty(self.train, "train", task.name)
         refuse_empty(self.held_out, "eval", task.name)
+        if Can.SOLUTIONS in method.requires():
+            refuse_unsolved(task, self.train, method.name)
         self.items = ItemStream(len(self.train), self.seed)
         self._sums: dict[str, float] = {}
         self._spent = {"decisions": 0, "tokens": 0, "completions": 0}
@@ -56,6 +59,18 @@ class TextCollector:
     def draw(self, n: int) -> list[int | None]:
         """The next `n` items; each epoch is a new permutation of all of them."""
         return self.items.draw(n)
+
+    def look(self, item: int) -> Seen:
+        """The prompt and the reference solution of a training item."""
+        found = self.train[item]
+        return Seen(found.prompt, solution_of(self.task, found), self._fits)
+
+    def _fits(self, prompt: Prompt) -> bool:
+        try:
+            self.policy.encode(prompt, self.settings.collect.max_new_tokens)
+        except PoloptError:
+            return False
+        return True
 
     # ---------------------------------------------------------------- answering
     def answer(self, requests: Sequence[Request], *, clock: Clock) -> Batch:
@@ -81,7 +96,31 @@ class TextCollector:
             len(of_row), self.task.channels, self.task.name,
         )  # fmt: skip
         self._count(drawn, scores, spread, prompts)
-        return self._batch(requests, prompts, spread, drawn, scores, heat, max(limits), clock)
+        batch = self._batch(requests, prompts, spread, drawn, scores, heat, max(limits), clock)
+        return self._changed(batch, requests, prompts, limits, spread.to(self.policy.device))
+
+    def _changed(
+        self, batch: Batch, requests: Sequence[Request], prompts: list[list[int]], limits: Sequence[int], spread: Tensor
+    ) -> Batch:
+        """Tell which rows were not sampled under their item's own prompt, and which are scored under another than that.
+
+        The batch's context is the one that rows are scored under; where any row was sampled under another, entries `sampled` and
+        `sampled_mask` hold those of all rows. The sampler's log-probabilities belong to them.
+        """
+        other = torch.tensor([r.context is not None for r in requests], device=spread.device)[spread]
+        if bool(other.any()):
+            assert batch.source is not None
+            batch = replace(batch, source=torch.where(other[:, None] & (batch.source == OWN), HINTED, batch.source))
+            self._sums["hinted"] = self._sums.get("hinted", 0.0) + float(other.sum())
+        if all(r.scored is None for r in requests):
+            return batch
+        pairs = zip(requests, prompts, limits, strict=True)
+        ids, known = pad_left(
+            [p if r.scored is None else self.policy.encode(r.scored, n) for r, p, n in pairs], self.policy.backbone.pad
+        )
+        scored = {"prompt": ids.to(spread.device)[spread], "prompt_mask": known.to(spread.device)[spread]}
+        sampled = {"sampled": batch.context["prompt"], "sampled_mask": batch.context["prompt_mask"]}
+        return replace(batch, context={**scored, **sampled})
 
     def _item(self, request: Request) -> Item:
         if request.item is None:
@@ -150,7 +189,10 @@ class TextCollector:
         self._spent["decisions"] += tokens - int(drawn.forced.sum())
 
     def report(self) -> dict[str, float]:
-        """Means over the completions since the last call; "dead_groups": share of groups whose rewards are all equal."""
+        """Means over the completions since the last call; "dead_groups": share of groups whose rewards are all equal.
+
+        "hinted": share of completions that were sampled under another prompt than their item's own, if any was.
+        """
         s, self._sums = self._sums, {}
         extra: dict[str, float] = getattr(
             self.task, "report", dict
@@ -166,6 +208,7 @@ class TextCollector:
             "length": s["length"] / n,
             "truncated": s["cut"] / n,
             **({"dead_groups": s["dead"] / s["groups"]} if s["groups"] else {}),
+            **({"hinted": s["hinted"] / n} if "hinted" in s else {}),
         }
 
     def costs(self) -> dict[str, int]:

@@ -19,6 +19,7 @@ Split = Literal["train", "eval"]
 #: What language models and tasks of text offer to the parts of a method.
 TEXT_OFFERS = frozenset({
     Can.SCORE, Can.ENUMERATE, Can.IMITATE, Can.VALUE, Can.REFERENCE, Can.GROUPS, Can.EPISODES, Can.REFILL, Can.ITEMS,
+    Can.SOLUTIONS,
 })  # fmt: skip
 
 
@@ -55,6 +56,36 @@ class TextTask(Protocol):
     def correct(self, scores: NDArray[np.float64]) -> NDArray[np.bool_]:
         """Which rows of `scores` [n, K] count as solved: their share is the held-out score."""
         ...
+
+
+#: Columns that may hold an item's reference solution, in this order.
+SOLUTION_COLUMNS = ("solution", "answer")
+
+
+def solution_of(task: TextTask, item: Item) -> str | None:
+    """An item's reference solution: of the column that the task's options name, else of `solution`, `answer`. None: it has none."""
+    named = getattr(getattr(task, "options", None), "answer_column", "")
+    found = next((item.columns[c] for c in (named, *SOLUTION_COLUMNS) if c and item.columns.get(c) is not None), None)
+    return str(found) if found is not None and str(found) else None
+
+
+def refuse_unsolved(task: TextTask, items: Sequence[Item], method: str) -> None:
+    """Raise `CallError` when none of the first items has a reference solution."""
+    some = [items[i] for i in range(min(len(items), 100))]
+    if all(solution_of(task, item) is None for item in some):
+        has = ", ".join(some[0].columns) or "none"
+        raise CallError(
+            f"{method} needs reference solutions, but items of {task.name} have none in a column called "
+            f"{' or '.join(SOLUTION_COLUMNS)} (columns: {has}); name theirs with options.answer_column"
+        )
+
+
+def with_text(prompt: Prompt, text: str) -> Prompt:
+    """The prompt with `text` behind it: behind the last message of a chat."""
+    if isinstance(prompt, str):
+        return prompt + text
+    *before, last = prompt
+    return [*before, {**last, "content": last["content"] + text}]
 
 
 def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
