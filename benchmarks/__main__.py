@@ -46,6 +46,7 @@ BENCHMARKS: dict[str, dict[str, Any]] = {
         "higher": False,
     },
     "overhead": {"args": [], "contenders": ["overhead"], "threads": 1, "higher": False},
+    "replay": {"args": [], "contenders": ["replay"], "threads": 1, "higher": False},
 }
 
 
@@ -53,7 +54,7 @@ def run(contender: str, args: list[str], threads: int, peer_python: str) -> dict
     """One run of one contender (`worker` or `worker:first-argument`): the JSON object on its last line."""
     worker, _, first = contender.partition(":")
     args = [first, *args] if first else args
-    ours = worker.endswith("polopt") or worker in ("linear", "long", "overhead")
+    ours = worker.endswith("polopt") or worker in ("linear", "long", "overhead", "replay")
     env = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     python = sys.executable if ours else peer_python
     done = subprocess.run(

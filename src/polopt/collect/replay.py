@@ -220,23 +220,26 @@ class Replay:
 
     def _fold(self, index: Int[Tensor, " N"]) -> Batch:
         """Windows of up to n decisions; each ends at its episode's end or at the newest decision of its environment."""
-        e, layout = self.envs, self.layout
-        slot = index // e
-        env = index - slot * e
+        e, n, layout = self.envs, self.ring.n_step, self.layout
+        slot = index // e if e > 1 else index
+        env = index - slot * e if e > 1 else torch.zeros_like(index)
         head: Any = int(self._head[0]) if self._even else torch.as_tensor(self._head, device=index.device)[env]
         newer = ((head - 1 - slot) % self.slots)[:, None]  # decisions of this environment after this one
-        ahead = torch.arange(self.ring.n_step, device=index.device)
-        window = ((slot[:, None] + torch.minimum(ahead, newer)) % self.slots) * e + env[:, None]
-        tail = self._data[:, layout.rewards.start : layout.end + 1].index_select(0, window.flatten())
-        tail = tail.view(*window.shape, -1)
-        ended = (tail[..., -1] != GOES_ON).long()
-        open_ = ((ended.cumsum(1) - ended) == 0) & (ahead <= newer)
-        steps = open_.sum(1)
-        weight = torch.where(open_, self._powers.to(index.device), 0.0)
+        ahead = torch.arange(n, device=index.device)
+        window = (torch.minimum(ahead, newer) + slot[:, None]).remainder_(self.slots)
+        if e > 1:
+            window.mul_(e).add_(env[:, None])
+        tail = (
+            self._data[:, layout.rewards.start : layout.end + 1].index_select(0, window.flatten()).view(-1, n, layout.channels + 1)
+        )
+        last = (tail[..., -1] != GOES_ON) | (ahead >= newer)
+        last[:, -1] = True
+        end = last.to(torch.uint8).argmax(1, keepdim=True)  # the first such decision
+        weight = self._powers.to(index.device) * (ahead <= end)
         reward = (tail[..., :-1] * weight[..., None]).sum(1)
-        last = window.gather(1, (steps - 1)[:, None]).squeeze(1)
-        first, final = (self._data.index_select(0, i).to(self.device) for i in (index, last))
-        return self._batch(first, final, reward.to(self.device), steps.to(self.device, torch.float32))
+        until = window.gather(1, end).squeeze(1)
+        first, final = (self._data.index_select(0, i).to(self.device) for i in (index, until))
+        return self._batch(first, final, reward.to(self.device), (end.squeeze(1) + 1).to(self.device, torch.float32))
 
     def _batch(
         self, first: Float[Tensor, "N W"], last: Float[Tensor, "N W"], reward: Float[Tensor, "N K"], steps: Tensor | None
