@@ -127,6 +127,7 @@ class Part:
     equation: ClassVar[str] = ""
     host: ClassVar[bool] = False  # True: cannot be traced (Python control flow on values)
     rows: ClassVar[bool] = False  # True: works on whole rows, so minibatches must not cut them into single decisions
+    groups: ClassVar[bool] = False  # True: compares rows of a group in the loss, so minibatches must not part them
     moments: ClassVar[frozenset[str]] = frozenset()  # at which moments `observe` must be called
     surveys: ClassVar[tuple[str, ...]] = ()  # statistics `name@minibatch` that its `survey` takes from a whole minibatch
     if typing.TYPE_CHECKING:

@@ -146,6 +146,7 @@ class Executor:
         self.want = split(method.needs(update)).get("now", frozenset())
         self.by_rows = policy.rowwise or any(p.rows for _, p in self.slots.acting())
         self.surveys = any(p.surveys for _, p in self.slots.acting())
+        self.by_groups = any(p.groups for _, p in self.slots.acting())
         self.late: frozenset[str] = frozenset()  # statistics of the start that the only gradient step takes from itself
         self.compiled: CompiledSteps | None = None
 
@@ -253,10 +254,19 @@ class Executor:
         if size >= units:
             yield batch, advantage
             return
-        order = torch.randperm(units, generator=self.shuffle).to(batch.mask.device)
-        for i in range(0, units, size):
-            index = order[i : i + size]
+        for index in self._order(batch, size):
             yield batch.rows(index), None if advantage is None else advantage[index]
+
+    def _order(self, batch: Batch, size: int) -> Sequence[Tensor]:
+        """Rows (or decisions) of each minibatch, in random order; whole groups where a part compares the rows of a group."""
+        device = batch.mask.device
+        if not self.by_groups or batch.group is None:
+            return torch.split(torch.randperm(batch.shape[0], generator=self.shuffle).to(device), size)
+        rank = torch.randperm(batch.units["group"], generator=self.shuffle).to(device)[batch.group]
+        ends = torch.bincount(rank).cumsum(0)
+        starts = torch.cat([ends.new_zeros(1), ends[:-1]])
+        rows = torch.bincount(torch.div(starts, size, rounding_mode="floor")[rank])  # a group belongs where it begins
+        return torch.split(rank.argsort(stable=True), rows[rows > 0].tolist())
 
     def state(self) -> State:
         """Optimiser state."""
