@@ -107,12 +107,12 @@ FILTERED = -1e4
 
 
 def filtered(logits: Float[Tensor, "N V"], share: float) -> Float[Tensor, "N V"]:
-    """Log-probabilities of the distribution that keeps actions of at least `share` of the largest probability (min-p).
+    """Logits that keep actions of at least `share` of the largest probability, the rest at -inf (min-p, arXiv 2407.01082).
 
-    What is kept is renormalised, the rest is at -inf (arXiv 2407.01082). The largest is always kept.
+    The largest is always kept.
     """
     bound = logits.amax(-1, keepdim=True) + (math.log(share) if share else -math.inf)
-    return logits.masked_fill(logits < bound, -math.inf).log_softmax(-1)
+    return logits.masked_fill(logits < bound, -math.inf)
 
 
 @stat_family("kept_mass")
@@ -128,24 +128,22 @@ def kept_mass(share: float) -> StatFn:
 
 @stat_family("proxy_logp")
 def proxy_logp(share: float) -> StatFn:
-    """Log-probability of the action under the min-p filtered, renormalised distribution, without gradient; `FILTERED` if it fell."""
+    """Log-probability of the action under what the min-p filter keeps, renormalised, without gradient; `FILTERED` if it fell."""
 
     def fn(logits: Float[Tensor, "N V"], action: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
-        proxy = filtered(logits.detach(), share)
-        return proxy.gather(-1, action[:, None]).squeeze(-1).clamp(min=FILTERED)
+        return logp(filtered(logits.detach(), share), action).clamp(min=FILTERED)
 
     return fn
 
 
 @stat_family("proxy_kl")
 def proxy_kl(share: float) -> StatFn:
-    """KL(q || pi) over all actions, q the min-p filtered, renormalised distribution without gradient; its value is -log kept mass."""
+    """KL(q || pi) over all actions, q what the min-p filter keeps, renormalised, without gradient: its value is -log kept mass."""
 
     def fn(logits: Float[Tensor, "N V"], action: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
-        proxy = filtered(logits.detach(), share)
-        kept = proxy.isfinite()
-        gap = torch.where(kept, proxy - logits.log_softmax(-1), 0.0)
-        return (torch.where(kept, proxy, -math.inf).exp() * gap).sum(-1)
+        proxy = filtered(logits.detach(), share).log_softmax(-1)
+        gap = torch.where(proxy.isfinite(), proxy - logits.log_softmax(-1), 0.0)
+        return (proxy.exp() * gap).sum(-1)
 
     return fn
 
