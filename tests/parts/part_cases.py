@@ -14,6 +14,7 @@ from polopt.draws import Draws
 from polopt.objective import Now
 from polopt.part import Part, ask, call
 from polopt.parts.advantage.beta_normalised import BetaNormalised
+from polopt.parts.advantage.decoupled import Decoupled
 from polopt.parts.advantage.gae import GAE, NStep
 from polopt.parts.advantage.group import GroupBaseline
 from polopt.parts.advantage.monte_carlo import MonteCarlo
@@ -23,6 +24,7 @@ from polopt.parts.penalty.adaptive_kl import AdaptiveKL
 from polopt.parts.penalty.entropy import EntropyBonus
 from polopt.parts.penalty.kl import KLToReference
 from polopt.parts.penalty.kl_cov import KLCov
+from polopt.parts.reward.conditioned import Conditioned
 from polopt.parts.reward.kl import KLInReward
 from polopt.parts.reward.overlong import SoftOverlong
 from polopt.parts.select.truncated import DropTruncated
@@ -39,12 +41,12 @@ ADVANTAGES: list[Part] = [
     GAE(0.9, 0.8), GAE(0.9, 0.8, standardise=True), NStep(0.9), NStep(0.9, standardise=True), MonteCarlo(0.9),
     MonteCarlo(0.9, "value"), MonteCarlo(0.9, "value", standardise=True), MonteCarlo(credit="whole"), RunningMean(),
     GroupBaseline(), GroupBaseline(scale="batch"), GroupBaseline("leave-one-out", "none"), GroupBaseline("batch", "batch"),
-    GroupBaseline("batch", "group"), GroupBaseline("none", "none"), BetaNormalised(low=-50.0, high=50.0),
+    GroupBaseline("batch", "group"), GroupBaseline("none", "none"), BetaNormalised(low=-50.0, high=50.0), Decoupled(),
 ]  # fmt: skip
 OTHERS: list[Part] = [
     KLInReward(), KLInReward(form="sequence"), SoftOverlong(), TruncatedImportance(), ScoreFunction(), Ratio(), Clip(),
     Clip(dual=2.0), SequenceClip(), CappedWeight(), EntropyBonus(), KLToReference(), AdaptiveKL(), ValueLoss(), ValueLoss(clip=0.2),
-    DropTruncated(), SoftGate(), KLCov(share=0.3),
+    DropTruncated(), SoftGate(), KLCov(share=0.3), Conditioned(),
 ]  # fmt: skip
 EVERY = [*ADVANTAGES, *OTHERS]
 IDS = [p.describe() for p in EVERY]

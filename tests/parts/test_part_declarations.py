@@ -14,18 +14,20 @@ from polopt.batch import Batch, Totals
 from polopt.errors import CallError, MissingStatistic
 from polopt.part import Can, Part, call
 from polopt.parts.advantage.beta_normalised import BetaNormalised
+from polopt.parts.advantage.decoupled import Decoupled
 from polopt.parts.advantage.gae import GAE, NStep
 from polopt.parts.advantage.group import GroupBaseline
 from polopt.parts.advantage.monte_carlo import MonteCarlo
 from polopt.parts.advantage.running_mean import RunningMean
 from polopt.parts.aggregate import SeqMeanTokenMean, SeqMeanTokenSum, SeqMeanTokenSumNorm, TokenMean
 from polopt.parts.penalty.adaptive_kl import AdaptiveKL
+from polopt.parts.reward.conditioned import Conditioned
 from polopt.parts.reward.overlong import SoftOverlong
 from polopt.parts.select.truncated import DropTruncated
 
 torch.set_num_threads(1)
 #: Parts that need whole rows.
-WHOLE = BetaNormalised | GroupBaseline | RunningMean | MonteCarlo | SoftOverlong | DropTruncated
+WHOLE = BetaNormalised | Conditioned | Decoupled | GroupBaseline | RunningMean | MonteCarlo | SoftOverlong | DropTruncated
 
 
 # -------------------------------------------------------------------- what is declared is what is read
