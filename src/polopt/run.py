@@ -22,7 +22,7 @@ import torch
 from polopt.errors import CallError, PoloptError
 from polopt.tree import State, load_tree, save_tree
 
-UNITS = ("decisions", "updates", "tokens", "seconds")
+UNITS = ("decisions", "updates", "rounds", "tokens", "seconds")
 CHECKPOINT_FORMAT = 1
 
 

@@ -66,10 +66,11 @@ class FusedRounds:
             info = self.rounds._round(batch, totals, clock)
             for e in due:
                 e.draws.recorded = None
-            self.graphs[key] = self.build(due, moved, self.inputs(due, batch, totals, clock, asked)), asked
+            shaped = [torch.zeros(shape, dtype=dtype, device=batch.mask.device) for _, shape, dtype in asked]
+            self.graphs[key] = self.build(due, moved, self.inputs(due, batch, totals, clock, shaped)), asked
             return info
         graph, asked = self.graphs[key]
-        found: Diagnostics = graph(*self.inputs(due, batch, totals, clock, asked))
+        found: Diagnostics = graph(*self.inputs(due, batch, totals, clock, due[0].draws.again(asked)))
         for e in due:
             self.rounds.steps[e.update.name] += 1
         self.rounds.count += 1
@@ -80,8 +81,8 @@ class FusedRounds:
         rules: list[Any] = [p for p in e.update.after if p.due(step)]  # type: ignore[attr-defined]
         return [(p, net) for p in rules for net in p.of]
 
-    def inputs(self, due: Sequence[Executor], batch: Batch, totals: Totals, clock: Clock, asked: list[Any]) -> tuple[Any, ...]:
-        """What the graph reads and writes."""
+    def inputs(self, due: Sequence[Executor], batch: Batch, totals: Totals, clock: Clock, draws: list[Tensor]) -> tuple[Any, ...]:
+        """What the graph reads and writes; `draws` are the round's random numbers."""
         names = {e.update.name for e in due}
         trained = {n for name in names for n in self.places[name]}
         named = self.policy.named_parameters(remove_duplicate=False)
@@ -90,7 +91,6 @@ class FusedRounds:
         states = {e.update.name: e.stepper.tensors() for e in due}
         rates = {e.update.name: torch.tensor(e.update.rule.rate(float(clock.fraction))) for e in due}  # type: ignore[attr-defined]
         columns = {c: v for c in COLUMNS if (v := getattr(batch, c)) is not None and not (isinstance(v, Mapping) and not v)}
-        draws = due[0].draws.again(asked)
         clocks = torch.tensor(float(clock.fraction)), torch.tensor(int(clock.update))
         fixed = rest | dict(self.policy.named_buffers())
         memory = due[0].memory.state()
@@ -167,7 +167,7 @@ class FusedRounds:
         return out
 
 
-#: a C++ driver around the kernels, and matrix products from templates that fuse what follows them
-OPTIONS: dict[str, Any] = {"cpp_wrapper": True, "max_autotune": True, "max_autotune_gemm_backends": "CPP,ATEN"}
+#: a C++ driver around the kernels
+OPTIONS: dict[str, Any] = {"cpp_wrapper": True}
 
 __all__ = ["FusedRounds", "can_fuse"]

@@ -61,10 +61,10 @@ class Improve(Loop):
             for u in method.updates
         }  # fmt: skip
         self._refuse_shared_layers()
-        self.compile = compile_plan(method, task, settings, self.executors.values())
         self.store: dict[str, Batch] = {}
         self.supply = open_supply(method, self.policy, task, settings, self.streams, folder)
         self.rounds = Rounds(self.executors, self.policy) if self.supply is not None else None
+        self.compile = compile_plan(method, task, settings, self.executors.values(), rounds=self.rounds is not None)
         for slot, part in method.parts().items():
             if hasattr(part, "build"):
                 self.memory.built[slot] = part.build(self.supply.columns(), self.policy.standardised)  # type: ignore[union-attr]
@@ -109,6 +109,7 @@ class Improve(Loop):
         due = [u for u in self.method.updates if self.updates % u.every == 0 and u.on in batches]
         # every update's statistics and advantages are taken before the first one moves a parameter
         ready = [self.prepare(u, batches[u.on], first=i == 0) for i, u in enumerate(due)]
+        main = self.method.update() if due else Update()
         full = {**batches, **{u.on: r[0] for u, r in zip(due, ready, strict=True)}}
         if any("scored" in p.moments for p in self.method.parts().values()):
             before = frozenset().union(*(p.needs for p in self.method.reward))
@@ -118,9 +119,10 @@ class Improve(Loop):
         for update, (batch, advantage, known) in zip(due, ready, strict=True):
             found = known | self.executors[update.name].run(batch, advantage, clock, compiled=compiled)
             self.charge_pass(batch, update.epochs)
-            info |= {f"{update.name}/{k}" if k in info else k: v for k, v in found.items()}
+            aside = update.on != main.on
+            info |= {f"{update.name}/{k}" if aside or k in info else k: v for k, v in found.items()}
         if ready:
-            self.after_updates(ready[0][0])  # before observation statistics move
+            self.after_updates(full.get(main.on, ready[0][0]))  # before observation statistics move
         return info
 
     def replay(self, batches: dict[str, Batch], clock: Clock) -> dict[str, Tensor]:
@@ -157,7 +159,7 @@ class Improve(Loop):
         if allotment is not None and not allotment.asked:
             sampler, allocator = self.method.sampler.name, allotment.part.name
             raise CallError(f"sampler '{sampler}' never asked plan.allot, so that allocator '{allocator}' decides nothing")
-        kept = batches if self.supply is not None else self.method.source(batches, self.store)
+        kept = batches if self.supply is not None else call(self.method.source, batches=batches, store=self.store, memory=self.memory.of("source"))
         batches = {k: replace(b, clock=clock) for k, b in kept.items()}
         for batch in batches.values():
             self.observe("drawn", batch)

@@ -10,12 +10,15 @@ from polopt.interfaces import Task
 from polopt.loops.build import iteration_size
 from polopt.loops.compiled import can_compile
 from polopt.loops.executor import Executor
+from polopt.loops.fused import can_fuse
 from polopt.method import Method
 from polopt.run import Budget
 from polopt.settings import Settings
 
 #: Below this many small gradient steps a run ends sooner without compiling (10 to 15 s once, 1 ms saved per step).
 STEPS_WORTH_COMPILING = 12_000
+#: Below this many rounds of updates a run ends sooner without compiling (20 to 40 s once, 2 to 4 ms saved per round).
+ROUNDS_WORTH = 15_000
 #: Steps per graph from this many planned steps on: a larger graph runs faster and compiles longer (10, 25, 50 s).
 STEPS_PER_GRAPH = {0: 1, 100_000: 4, 500_000: 8}
 
@@ -39,9 +42,28 @@ class Compile:
     steps: int = 1
 
 
-def compile_plan(method: Method, task: Task, settings: Settings, executors: Iterable[Executor]) -> Compile:
-    """Whether and how compiling pays, decided once from the configuration and kept in the checkpoint."""
+def planned_rounds(method: Method, settings: Settings) -> int:
+    """Rounds of updates that the budget allows a method with a replay or a dataset; 0 when only time limits it."""
+    budget, source = Budget.parse(settings.budget), method.source
+    if budget.unit == "rounds":
+        return int(budget.amount)
+    if budget.unit == "updates":
+        return int(budget.amount) * int(getattr(source, "rounds", settings.collect.steps * settings.collect.envs))
+    waits = int(getattr(source, "start", 0))
+    return int(max(0.0, budget.amount - waits) * float(getattr(source, "utd", 0.0))) if budget.unit == "decisions" else 0
+
+
+def compile_plan(
+    method: Method, task: Task, settings: Settings, executors: Iterable[Executor], *, rounds: bool = False
+) -> Compile:
+    """Whether and how compiling pays, decided once from the configuration and kept in the checkpoint.
+
+    rounds: updates are made in rounds, on what is kept.
+    """
     optim = settings.optim
+    if rounds:
+        wanted = optim.compile == "always" or optim.compile_from is not None or planned_rounds(method, settings) >= ROUNDS_WORTH
+        return Compile(optim.compile_from or 0) if wanted and optim.compile != "never" and can_fuse([*executors]) else Compile()
     able = [e for e in executors if can_compile(e)]
     if optim.compile == "never" or not able:
         return Compile()
