@@ -47,6 +47,7 @@ def example(seed: int) -> dict[str, Tensor]:
 def loss_of(part: Part, mask: Tensor, data: dict[str, Tensor]) -> Tensor:
     stats = {k: v for k, v in data.items() if k != "advantage"}
     batch = Batch(mask=mask, stats=stats, row={"truncated": torch.tensor([0.0, 1.0, 0.0, 0.0])}, horizon=3)
+    batch = replace(batch, group=torch.tensor([0, 0, 1, 1]), units={"group": 2})
     now = Now({k.removesuffix("@now"): v for k, v in stats.items() if k.endswith("@now")})
     given: dict[str, Any] = {"batch": batch, "now": now, "advantage": data["advantage"], "memory": part.initial(), "valid": mask}
     if part.surveys:

@@ -9,8 +9,8 @@ cancels. Gao et al., "REBEL: Reinforcement Learning via Regressing Relative Rewa
 be the reward, also its share of wins against others.
 
 Defaults of the released summarisation run: eta = 1, KL 0.05 to the reference inside the reward, 4 passes, rate 3e-6; its code
-minimises eta^2 times the above (`surrogate.form code`). More than two answers: all pairs, or `surrogate.pairs best-worst`. Not
-included: the second answer from other policies or from data, and the reward of -1 for answers without an end.
+minimises eta^2 times the above (`surrogate.form code`). More than two answers: all pairs, or `surrogate.pairs best-worst`.
+Not included: the second answer from other policies or from data, and the reward of -1 for answers without an end.
 """
 
 from polopt.claim import Neutral
