@@ -37,7 +37,6 @@ def can_compile(executor: Executor) -> bool:
         not executor.by_rows
         and isinstance(executor.policy, nn.Module)
         and hasattr(executor.update.rule, "pure")
-        and not executor.update.rule.host
         and executor.flat.span(executor.update.trains) is not None
         and executor.observe_minibatch is None
         and not any(p.host or _draws(p) for p in parts)

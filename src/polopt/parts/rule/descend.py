@@ -16,10 +16,9 @@ from polopt.part import Part, Range, register_part
 from polopt.parts.rule import functional
 
 
-@register_part("rule", "descend")
 @dataclass(frozen=True)
-class Descend(Part):
-    """A step of a first-order optimiser along the gradient, whose global norm is clipped first.
+class FirstOrder(Part):
+    """A first-order optimiser with clipping and schedule: what rules have in common that step along a gradient.
 
     A gradient that is not finite changes nothing (parameters and optimiser state stay) and is reported as `skipped` = 1. The rate
     follows the spent share of the budget: after a linear warm-up it stays, or falls to 0 linearly or along a cosine.
@@ -37,8 +36,6 @@ class Descend(Part):
     max_grad_norm: Annotated[float | None, Range(gt=0), "gradients of larger norm are scaled down; none: never"] = 0.5
     schedule: Annotated[Literal["constant", "linear", "cosine"], "of the learning rate over the budget"] = "constant"
     warmup: Annotated[float, Range(ge=0, lt=1), "share of the budget in which the rate rises from a tenth"] = 0.0
-    equation: ClassVar[str] = "theta <- theta - lr * optimizer(g * min(1, c/||g||))"
-    flat: ClassVar[bool] = True  # works on one tensor that holds all parameters
 
     def rate(self, fraction: float | Tensor) -> float:
         """Learning rate when `fraction` (0 to 1) of the budget is spent."""
@@ -51,6 +48,26 @@ class Descend(Part):
         scale = {"constant": 1.0, "linear": 1.0 - f, "cosine": 0.5 * (1 + math.cos(math.pi * f))}[self.schedule]
         return self.lr * scale
 
+    def make_optimizer(self, params: list[Tensor]) -> torch.optim.Optimizer:
+        """PyTorch's optimiser, fused where it can be: fused ones obey `found_inf` without a device sync."""
+        if self.optimizer == "sgd":
+            return torch.optim.SGD(params, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay, fused=True)
+        kind = torch.optim.Adam if self.optimizer == "adam" else torch.optim.AdamW
+        return kind(params, lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay, fused=True)
+
+
+@register_part("rule", "descend")
+@dataclass(frozen=True)
+class Descend(FirstOrder):
+    """A step of a first-order optimiser along the gradient, whose global norm is clipped first.
+
+    A gradient that is not finite changes nothing (parameters and optimiser state stay) and is reported as `skipped` = 1. The rate
+    follows the spent share of the budget: after a linear warm-up it stays, or falls to 0 linearly or along a cosine.
+    """
+
+    equation: ClassVar[str] = "theta <- theta - lr * optimizer(g * min(1, c/||g||))"
+    flat: ClassVar[bool] = True  # works on one tensor that holds all parameters
+
     def bind(self, parameters: Sequence[Tensor]) -> DescendStepper:
         """An optimiser for these parameters."""
         return DescendStepper(self, parameters)
@@ -61,18 +78,11 @@ class Descend(Part):
         """The step as a pure function of flat parameters, gradient and optimiser tensors, for compiled graphs."""
         return functional.step(self, p, g, state, rate)
 
-    def make_optimizer(self, params: list[Tensor]) -> torch.optim.Optimizer:
-        """PyTorch's optimiser, fused where it can be: fused ones obey `found_inf` without a device sync."""
-        if self.optimizer == "sgd":
-            return torch.optim.SGD(params, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay, fused=True)
-        kind = torch.optim.Adam if self.optimizer == "adam" else torch.optim.AdamW
-        return kind(params, lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay, fused=True)
-
 
 class DescendStepper:
-    """`Descend` bound to parameters; holds the optimiser's state, one dict of tensors per parameter."""
+    """A first-order optimiser bound to parameters; holds its state, one dict of tensors per parameter."""
 
-    def __init__(self, rule: Descend, parameters: Sequence[Tensor]) -> None:
+    def __init__(self, rule: FirstOrder, parameters: Sequence[Tensor]) -> None:
         self.rule = rule
         self.parameters = [p for p in parameters if p.requires_grad]
         self.states = [functional.initial(rule, p) for p in self.parameters]

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from polopt.parts.rule.descend import Descend
+    from polopt.parts.rule.descend import FirstOrder
 
 Tensors = dict[str, Tensor]
 
 
-def initial(rule: Descend, p: Tensor) -> Tensors:
+def initial(rule: FirstOrder, p: Tensor) -> Tensors:
     """State tensors of one parameter before the first step."""
     if rule.optimizer in ("adam", "adamw"):
         step = torch.zeros((), dtype=torch.float32, device=p.device)
@@ -29,7 +29,7 @@ def initial(rule: Descend, p: Tensor) -> Tensors:
     return {"square_avg": start, **momentum}
 
 
-def step(rule: Descend, p: Tensor, g: Tensor, state: Tensors, rate: Tensor) -> tuple[Tensor, Tensors, Tensors]:
+def step(rule: FirstOrder, p: Tensor, g: Tensor, state: Tensors, rate: Tensor) -> tuple[Tensor, Tensors, Tensors]:
     """(parameters, state, report) after clipping and one step along gradient `g`; nothing moves if `g` is not finite."""
     norm = g.norm()
     good = norm.isfinite()
@@ -40,7 +40,7 @@ def step(rule: Descend, p: Tensor, g: Tensor, state: Tensors, rate: Tensor) -> t
     return moved, kept, {"grad_norm": norm, "skipped": 1.0 - good.to(norm.dtype), "lr": rate}
 
 
-def advance(rule: Descend, p: Tensor, g: Tensor, state: Tensors, rate: Tensor, good: Tensor) -> tuple[Tensor, Tensors]:
+def advance(rule: FirstOrder, p: Tensor, g: Tensor, state: Tensors, rate: Tensor, good: Tensor) -> tuple[Tensor, Tensors]:
     """(parameters, state) after one step along the clipped gradient `g`, or as they are where `good` is false."""
     if rule.optimizer == "adamw":
         p_decayed = p * (1 - rate * rule.weight_decay)
@@ -59,7 +59,7 @@ def advance(rule: Descend, p: Tensor, g: Tensor, state: Tensors, rate: Tensor, g
     return torch.where(good, moved, p), {k: torch.where(good, v, state[k]) for k, v in new.items()}
 
 
-def _adam(rule: Descend, p: Tensor, g: Tensor, state: Tensors, rate: Tensor) -> tuple[Tensor, Tensors]:
+def _adam(rule: FirstOrder, p: Tensor, g: Tensor, state: Tensors, rate: Tensor) -> tuple[Tensor, Tensors]:
     b1, b2 = rule.betas
     count = state["step"] + 1
     mean = state["exp_avg"].lerp(g, 1 - b1)
@@ -68,7 +68,7 @@ def _adam(rule: Descend, p: Tensor, g: Tensor, state: Tensors, rate: Tensor) -> 
     return p - rate * (mean / (1 - b1**count)) / root, {"step": count, "exp_avg": mean, "exp_avg_sq": square}
 
 
-def _momentum(rule: Descend, p: Tensor, d: Tensor, state: Tensors, rate: Tensor) -> tuple[Tensor, Tensors]:
+def _momentum(rule: FirstOrder, p: Tensor, d: Tensor, state: Tensors, rate: Tensor) -> tuple[Tensor, Tensors]:
     if not rule.momentum:
         return p - rate * d, {}
     buffer = rule.momentum * state["momentum_buffer"] + d
