@@ -169,7 +169,9 @@ def test_ddpg(monkeypatch: pytest.MonkeyPatch) -> None:
     same_critics(run.policy.slow["critic"], [list(q) for q in model.critic_target.q_networks])
 
 
-def soft(cls: Any, method: str, monkeypatch: pytest.MonkeyPatch, critics_of: Any, more: dict[str, Any], policy: dict[str, Any]) -> None:
+def soft(
+    cls: Any, method: str, monkeypatch: pytest.MonkeyPatch, critics_of: Any, more: dict[str, Any], policy: dict[str, Any]
+) -> None:
     model = theirs(cls, (16, 16), policy_kwargs=policy)
     run = ours(method, (16, 16), **more)
     copy_actor(run, model.actor.latent_pi, [model.actor.mu, model.actor.log_std])
