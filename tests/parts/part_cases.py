@@ -24,6 +24,7 @@ from polopt.parts.penalty.adaptive_kl import AdaptiveKL
 from polopt.parts.penalty.entropy import EntropyBonus
 from polopt.parts.penalty.kl import KLToReference
 from polopt.parts.penalty.kl_cov import KLCov
+from polopt.parts.penalty.low_probability import LowProbability
 from polopt.parts.reward.conditioned import Conditioned
 from polopt.parts.reward.kl import KLInReward
 from polopt.parts.reward.overlong import SoftOverlong
@@ -35,6 +36,7 @@ from polopt.parts.surrogate.soft_gate import SoftGate
 from polopt.parts.weight.truncated_importance import TruncatedImportance
 
 STATS = ("logp@now", "value@now", "entropy@now", "logp@old", "logp@ref", "logp@behaviour", "value@old", "value_next@old")
+MORE = ("proxy_logp(0.02)@old", "proxy_logp(0.02)@now", "proxy_kl(0.02)@now")
 MASK = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0], [1, 0, 1, 1]]).bool()
 
 ADVANTAGES: list[Part] = [
@@ -47,6 +49,7 @@ OTHERS: list[Part] = [
     KLInReward(), KLInReward(form="sequence"), SoftOverlong(), TruncatedImportance(), ScoreFunction(), Ratio(), Clip(),
     Clip(dual=2.0), SequenceClip(), CappedWeight(), EntropyBonus(), KLToReference(), AdaptiveKL(), ValueLoss(), ValueLoss(clip=0.2),
     DropTruncated(), SoftGate(), KLCov(share=0.3), Conditioned(),
+    LowProbability(rho=1.0), LowProbability(rho=1.0, form="paper"),
 ]  # fmt: skip
 EVERY = [*ADVANTAGES, *OTHERS]
 IDS = [p.describe() for p in EVERY]
@@ -54,7 +57,7 @@ IDS = [p.describe() for p in EVERY]
 
 def tensors(shape: tuple[int, ...] = (3, 4), seed: int = 0) -> dict[str, Tensor]:
     g = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(*shape, generator=g, dtype=torch.float64) for name in (*STATS, "return@old", "advantage", "reward")}
+    return {name: torch.randn(*shape, generator=g, dtype=torch.float64) for name in (*STATS, "return@old", "advantage", "reward", *MORE)}
 
 
 def batch_of(x: Mapping[str, Tensor], mask: Tensor = MASK, **more: Any) -> Batch:
@@ -94,5 +97,6 @@ def run(part: Part, batch: Batch, x: Mapping[str, Tensor], read: set[str] | None
         rng = Draws(torch.Generator().manual_seed(0))
         found = ask(part.survey, batch=batch, **given, rng=rng, surrogate=Clip())  # type: ignore[attr-defined]
         batch = replace(batch, stats=Noted({**batch.stats, **found}, set() if read is None else read))
-    out: Tensor = call(part, batch=batch, **given)
+    found = call(part, batch=batch, **given)
+    out: Tensor = found[0] if isinstance(found, tuple) else found
     return out

@@ -38,10 +38,11 @@ def test_parts_describe_themselves(kind: str, name: str) -> None:
             assert any(isinstance(m, Range) for m in meta), f"{name}.{f.name} has no range"
 
 
-def example(seed: int) -> dict[str, Tensor]:
+def example(seed: int, part: Part | None = None) -> dict[str, Tensor]:
     g = torch.Generator().manual_seed(seed)
     names = ("logp@now", "logp@old", "logp@ref", "logp@behaviour", "value@now", "value@old", "entropy@now", "return@old")
-    return {"advantage": torch.randn(4, 3, generator=g), **{n: torch.randn(4, 3, generator=g) for n in names}}
+    more = sorted(part.needs - set(names)) if part else []
+    return {"advantage": torch.randn(4, 3, generator=g), **{n: torch.randn(4, 3, generator=g) for n in (*names, *more)}}
 
 
 def loss_of(part: Part, mask: Tensor, data: dict[str, Tensor]) -> Tensor:
@@ -54,8 +55,9 @@ def loss_of(part: Part, mask: Tensor, data: dict[str, Tensor]) -> Tensor:
         rng = Draws.given([data["value@now"].flatten()])
         found = ask(part.survey, **given, rng=rng, surrogate=Clip())  # type: ignore[attr-defined]
         given["batch"] = batch.adding(found)
-    out: Tensor = call(part, **given, loss=torch.where(mask, data["logp@now"], 0.0), totals=Totals.of(mask))
-    return out
+    out = call(part, **given, loss=torch.where(mask, data["logp@now"], 0.0), totals=Totals.of(mask))
+    loss: Tensor = out[0] if isinstance(out, tuple) else out
+    return loss
 
 
 @pytest.mark.parametrize(("kind", "name"), TRACED)
@@ -65,10 +67,10 @@ def test_parts_on_the_loss_path_trace_as_one_graph(kind: str, name: str) -> None
     mask = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0], [0, 0, 0]]).bool()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        traced = make_fx(lambda m, d: loss_of(part, m, d), tracing_mode="fake")(mask, example(0))
+        traced = make_fx(lambda m, d: loss_of(part, m, d), tracing_mode="fake")(mask, example(0, part))
     for seed in range(3):
         other = mask if seed else ~mask
-        assert torch.equal(traced(other, example(seed)), loss_of(part, other, example(seed)))
+        assert torch.equal(traced(other, example(seed, part)), loss_of(part, other, example(seed, part)))
 
 
 def test_weights_are_positive_and_without_gradient() -> None:

@@ -64,8 +64,8 @@ class LowProbability(Part):
 
     def survey(self, batch: Batch, now: Mapping[str, Tensor], advantage: Float[Tensor, "B T"], valid: Tensor) -> dict[str, Tensor]:
         """The decisions that are spared, 1 or 0."""
-        assert_decisions(batch, advantage=advantage, **{"logp@now": now["logp"]})
         logp, target = not_half(now["logp"]), not_half(self._target(batch, now))
+        assert_decisions(batch, advantage=advantage, **{"logp@now": logp})
         punished = valid & (advantage < 0)
         count = (punished.sum() * self.rho + 1e-9).floor()  # what rounding takes from a whole number is not missing
         rare = first(logp, punished, torch.where(count > 1, count, torch.zeros_like(count)))
@@ -76,7 +76,9 @@ class LowProbability(Part):
         """The penalty of each decision, and how many are spared."""
         spared = batch.stat("spared@minibatch") > 0
         if self.form == "paper":
-            gap = keep(spared, not_half(now[f"proxy_kl({self.kappa!r})"]))
+            name = f"proxy_kl({self.kappa!r})"
+            assert_decisions(batch, **{f"{name}@now": now[name]})
+            gap = keep(spared, not_half(now[name]))
         else:
             d = keep(spared, not_half(self._target(batch, now)) - not_half(now["logp"])).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
             gap = d.exp() - d - 1
@@ -84,5 +86,7 @@ class LowProbability(Part):
 
     def _target(self, batch: Batch, now: Mapping[str, Tensor]) -> Float[Tensor, "B T"]:
         """log q of the drawn actions, `FILTERED` where q drops them."""
-        name = f"proxy_logp({self.kappa!r})"
-        return (now[name] if self.form == "paper" else batch.stat(f"{name}@old")).detach()
+        name, view = f"proxy_logp({self.kappa!r})", "now" if self.form == "paper" else "old"
+        found = now[name] if view == "now" else batch.stat(f"{name}@old")
+        assert_decisions(batch, **{f"{name}@{view}": found})
+        return found.detach()
