@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -385,7 +386,7 @@ def test_truncation_lowers_the_mixture(seed: int, members: int, each: int) -> No
     tables = [torch.randn(each, generator=g, dtype=F64) for _ in range(members)]
     means = [float(truncated(tables, d).mean()) for d in range(each)]
     assert means[0] == pytest.approx(float(torch.stack(tables).mean()), abs=1e-12)
-    assert all(a >= b - 1e-12 for a, b in zip(means, means[1:], strict=False))
+    assert all(a >= b - 1e-12 for a, b in itertools.pairwise(means))
     assert len(truncated(tables, each - 1)) == members
     assert torch.equal(truncated(tables, 1), truncated(tables[::-1], 1))
 
@@ -437,7 +438,7 @@ def test_actor_reads_all_atoms() -> None:
     theta = torch.tensor([0.1, -0.5], dtype=F64, requires_grad=True)
     q = lambda o, a: torch.stack([a[:, 0], -(a[:, 0] ** 2), 100 * a[:, 0]], -1)  # noqa: E731
     nets = FakeNets(nets={"critic": [q, q]}, sample=tilted(theta))
-    loss, told = SoftGradient(alpha=0.0, pool="mean")(transitions(1), nets, noise(0.7))
+    loss, _told = SoftGradient(alpha=0.0, pool="mean")(transitions(1), nets, noise(0.7))
     a = 0.1 + math.exp(-0.5) * 0.7
     assert float(loss.detach()) == pytest.approx(-(a - a * a + 100 * a) / 3)
     assert get_method("tqc").actor == get_method("tqc").but("other", target=SoftTruncated(drop=9)).actor
@@ -457,7 +458,7 @@ def test_truncation_bias_of_a_known_law() -> None:
     normal = torch.distributions.Normal(torch.tensor(0.0, dtype=F64), torch.tensor(1.0, dtype=F64)).icdf(levels)
     means = [float(truncated([normal] * 5, d).mean()) for d in (0, 1, 2, 5, 10)]
     assert abs(means[0]) < 1e-12
-    assert all(a > b for a, b in zip(means, means[1:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(means))
 
 
 # -------------------------------------------------------------------- expectiles
@@ -491,7 +492,7 @@ def test_fixed_point_is_the_expectile(samples: list[float]) -> None:
     found = [fixed(t) for t in (0.5, 0.7, 0.9, 0.999999)]
     assert found[0] == pytest.approx(float(y.mean()), abs=1e-6)
     assert found[-1] == pytest.approx(float(y.max()), abs=1e-3)
-    assert all(a <= b + 1e-9 for a, b in zip(found, found[1:], strict=False))
+    assert all(a <= b + 1e-9 for a, b in itertools.pairwise(found))
 
 
 @pytest.mark.identity("aq-sac", "the residual is target minus prediction: tau > 1/2 weighs underestimation more")
