@@ -180,10 +180,14 @@ def test_a_state_of_other_environments_is_refused() -> None:
         ring(b).load(replay.state())
 
 
-def test_windows_do_not_join_what_a_restart_parted() -> None:
+@pytest.mark.parametrize("resumed", [False, True])
+def test_windows_do_not_join_what_a_restart_parted(resumed: bool) -> None:
     world = World(2, np.random.default_rng(0), p_end=0.0)
     replay = ring(world, n_step=3)
     replay.write(world.fragment(2))
+    if resumed:
+        state, replay = replay.state(), ring(world, n_step=3)
+        replay.load(state)
     world.serial[1] += 50  # environment 1 starts afresh; 0 goes on
     world.kept[1][-1].end = 2
     replay.write(world.fragment(2))
