@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast, overload
+from typing import Annotated, Any, ClassVar, Literal, cast, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,6 +74,10 @@ class TextTask:
 
     domain = "text"
     offers = TEXT_OFFERS
+    #: For tasks that are written as a difference from this one: options, reasoning-gym's name, other difficulty settings.
+    options_type: ClassVar[type[TextOptions]] = TextOptions
+    source: ClassVar[str] = ""
+    difficulty: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(self, name: str, options: Mapping[str, Any] | None = None) -> None:
         """`name` is "text:<task>"; `options` are `TextOptions` and fields of the task's config.
@@ -81,16 +85,16 @@ class TextTask:
         Raises `CallError` for an unknown task, an unknown option, or a value that the task's own check refuses.
         """
         self.name = name
-        self.dataset_name = name.removeprefix("text:")
-        if self.dataset_name not in _table():
-            raise unknown("text task", self.dataset_name, _table())
-        own = {f.name for f in fields(TextOptions)}
+        self.dataset_name = self.source or name.removeprefix("text:")
+        self._settings()
+        own = {f.name for f in fields(self.options_type)}
         given = dict(options or {})
-        self.options = TextOptions(**{k: v for k, v in given.items() if k in own})
-        self.config = {k: v for k, v in given.items() if k not in own}
-        if self.config:
+        self.options = self.options_type(**{k: v for k, v in given.items() if k in own})
+        settings = {k: v for k, v in given.items() if k not in own}
+        self.config = {**self.difficulty, **settings}
+        if settings:
             self._make_dataset()  # only a task with difficulty settings of the user's is imported to be checked
-        self.channels = (self.options.reward,)
+        self.channels: tuple[str, ...] = (self.options.reward,)
 
     def preset(self, method: Any) -> Mapping[str, Any]:
         """Settings under which a small model learns a short task."""
@@ -98,11 +102,19 @@ class TextTask:
 
     def option_fields(self) -> dict[str, tuple[Any, str]]:
         """Every option by name: (default, help)."""
-        mine = {f.name: (f.default, _help(TextOptions, f.name)) for f in fields(TextOptions)}
+        mine = {f.name: (f.default, _help(self.options_type, f.name)) for f in fields(self.options_type)}
         theirs = {
-            k: (v, f"of {self.dataset_name}") for k, v in _config_defaults(self.dataset_name).items() if k not in ("seed", "size")
+            k: (self.difficulty.get(k, v), f"of {self.dataset_name}")
+            for k, v in self._settings().items()
+            if k not in ("seed", "size")
         }
         return {**mine, **theirs}
+
+    def _settings(self) -> Mapping[str, Any]:
+        """Names and defaults of the difficulty settings; raises `CallError` for a task that does not exist."""
+        if self.dataset_name not in _table():
+            raise unknown("text task", self.dataset_name, _table())
+        return _config_defaults(self.dataset_name)
 
     # ---------------------------------------------------------------- items
     @functools.cached_property
@@ -112,12 +124,12 @@ class TextTask:
 
     def _check_names(self) -> None:
         """Refuse options that the task does not have, or of another type, without importing the task."""
-        valid = _config_defaults(self.dataset_name)
+        valid = self._settings()
         for key, value in self.config.items():
             if key == "size":
                 raise CallError("option 'size' is set by train_items and eval_items")
             if key not in valid:
-                raise unknown(f"option of {self.name}", key, {f.name for f in fields(TextOptions)} | (set(valid) - {"size"}))
+                raise unknown(f"option of {self.name}", key, {f.name for f in fields(self.options_type)} | (set(valid) - {"size"}))
             _check_type(self.name, key, value, valid[key])
 
     def _make_dataset(self) -> Any:
@@ -145,7 +157,7 @@ class TextTask:
                 )
             item = self._item(index)
             index += 1
-            if (question := _question(item)) not in questions:
+            if (question := self.question(item)) not in questions:
                 questions.add(question)
                 items.append(item)
         return items, frozenset(questions), index
@@ -169,14 +181,22 @@ class TextTask:
         prompt = [{"role": "system", "content": system}, {"role": "user", "content": text}] if system else text
         return Item(prompt=prompt, columns=entry)
 
+    def question(self, item: Item) -> str:
+        """What two items have in common when one gives away the answer of the other: such items are never in both splits."""
+        return str(item.columns["question"]).strip()
+
+    def trained(self, item: Item) -> Item:
+        """A training item as it is trained on; held-out items never pass through here."""
+        return item
+
     @functools.lru_cache(maxsize=100_000)  # noqa: B019  a task lives as long as its run
     def train_item(self, i: int) -> Item:
         """Training item `i`: the first of the indices first+i, first+i+n, first+i+2n, ... whose question is not held out."""
         _, held_out, first = self._held_out
         for attempt in range(_TRIES):
             item = self._item(first + i + attempt * self.options.train_items)
-            if _question(item) not in held_out:
-                return item
+            if self.question(item) not in held_out:
+                return self.trained(item)
         raise CallError(f"{self.name} has too few distinct questions: lower options.eval_items = {self.options.eval_items}")
 
     # ---------------------------------------------------------------- judging
@@ -242,10 +262,6 @@ def _config_defaults(name: str) -> dict[str, Any]:
             if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
                 found[line.target.id] = line.value.value if isinstance(line.value, ast.Constant) else None
     return found
-
-
-def _question(item: Item) -> str:
-    return str(item.columns["question"]).strip()
 
 
 def _help(cls: type, name: str) -> str:

@@ -14,8 +14,8 @@ COMPLETIONS, GROUP = 256, 8
 RATE = 2e-4
 
 
-def text_preset(method: Method) -> Mapping[str, Any]:
-    """Dotted settings for `method`; only fields that it has.
+def text_preset(method: Method, *, completions: int = COMPLETIONS, rate: float = RATE) -> Mapping[str, Any]:
+    """Dotted settings for `method`; only fields that it has. `rate` is that of one gradient step per iteration.
 
     Every method gets the same number of completions per iteration. A method that takes many gradient steps per iteration, or
     several without a bound that stops the policy, moves more slowly in each.
@@ -23,7 +23,7 @@ def text_preset(method: Method) -> Mapping[str, Any]:
     grouped = getattr(method.sampler, "group_size", 1) > 1
     chosen: dict[str, Any] = {
         "threads": 1,  # a second gains a small model little, and loses much when the machine has other work
-        "collect.prompts": COMPLETIONS // GROUP if grouped else COMPLETIONS,
+        "collect.prompts": completions // GROUP if grouped else completions,
         "collect.max_new_tokens": 16,
         "optim.micro": 64,  # a quarter of the memory at the same speed
         "evaluate.every": 10,
@@ -33,13 +33,13 @@ def text_preset(method: Method) -> Mapping[str, Any]:
         chosen["sampler.group_size"] = GROUP
     for update in method.updates:
         if hasattr(update.rule, "lr"):
-            chosen[f"updates.{update.name}.rule.lr"] = RATE / max(1.0, _steps(update) / _free(method, update))
+            chosen[f"updates.{update.name}.rule.lr"] = rate / max(1.0, _steps(update, completions) / _free(method, update))
     return chosen
 
 
-def _steps(update: Update) -> float:
+def _steps(update: Update, completions: int) -> float:
     """Gradient steps per iteration."""
-    each = COMPLETIONS / update.minibatch if update.minibatch else update.minibatches or 1
+    each = completions / update.minibatch if update.minibatch else update.minibatches or 1
     return update.epochs * each
 
 

@@ -15,7 +15,10 @@ from torch import Tensor, nn
 
 from polopt.errors import CallError, PoloptError
 
-TINY = Path(__file__).parents[2] / "assets" / "tiny"
+ASSETS = Path(__file__).parents[2] / "assets"
+TINY = ASSETS / "tiny"
+#: Models that come with the library, by name.
+SHIPPED = ("tiny", "tiny-chain", "tiny-countdown", "tiny-spell")
 
 
 @dataclass
@@ -73,6 +76,14 @@ class Backbone:
             found += [] if ids is None else list(ids) if isinstance(ids, Sequence) else [ids]
         return tuple(dict.fromkeys(int(i) for i in found))
 
+    @property
+    def linear(self) -> tuple[Tensor, Tensor | None] | None:
+        """Weight and bias of the output layer; None where adapters, scales or caps act on it."""
+        layer, config = self.causal.get_output_embeddings(), self.config
+        changes = ("logits_scaling", "logit_scale", "final_logit_softcapping")
+        plain = type(layer) is nn.Linear and not any(getattr(config, name, None) for name in changes)
+        return (layer.weight, layer.bias) if plain else None
+
     def logits(self, hidden: Float[Tensor, "N H"]) -> Float[Tensor, "N V"]:
         """Output layer, with the scaling and soft cap that some architectures put on it."""
         out = self.causal.get_output_embeddings()(hidden)
@@ -88,12 +99,13 @@ class Backbone:
 
 def resolve(model: str) -> str:
     """The folder or id that `model` names; raises `CallError` for a folder that does not exist."""
-    if model == "tiny":
-        return str(TINY)
+    if model in SHIPPED:
+        return str(ASSETS / model)
     looks_local = model.startswith((".", "/", "~")) or Path(model).expanduser().exists()
     if not looks_local:
         if not model or model.count("/") > 1 or any(c.isspace() for c in model):
-            raise CallError(f"policy.model = {model!r} is neither a folder nor an id such as Qwen/Qwen2.5-0.5B, nor 'tiny'")
+            known = f"an id such as Qwen/Qwen2.5-0.5B, nor one of {', '.join(SHIPPED)}"
+            raise CallError(f"policy.model = {model!r} is neither a folder nor {known}")
         return model
     folder = Path(model).expanduser()
     if not (folder / "config.json").is_file():
