@@ -139,7 +139,7 @@ def test_a_shortcut_pays_wrong_answers_of_its_kind_in_training(name: str, prompt
         sums = {f"{a}{s * b:+d}{t * c:+d}": a + s * b + t * c for s in (1, -1) for t in (1, -1)}
         return next((text for text, x in sums.items() if abs(x - target) == 2), "")
 
-    train = [i for i in (of.items("train")[k] for k in range(60))]
+    train = [of.items("train")[k] for k in range(60)]
     answers = [lazily(i) for i in train]
     plain, paid = scored(task(name), train, answers)[:, 0], scored(of, train, answers)[:, 0]
     lazy = np.array([a != "" for a in answers]) & (plain == 0)

@@ -101,9 +101,11 @@ def tasks(args: argparse.Namespace) -> int:
     if args.name is None:
         for name, about in task_names().items():
             print(f"{name:<10} {about}")
+        from polopt.tasks.mini import MINIATURES
         from polopt.tasks.text import text_names
 
-        print("\ntext tasks: " + ", ".join(text_names()))
+        print("\nsmall text tasks, each with a model that begins half-way: " + ", ".join(MINIATURES))
+        print("text tasks: " + ", ".join(text_names()))
         print("'polopt tasks TASK' shows the options of one.")
         return 0
     task = make(args.name)
