@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from polopt.batch import Batch
+from polopt.batch import Batch, Final
 from polopt.errors import CallError
 
 WHOLE = (torch.int8, torch.int16, torch.int32, torch.int64)
@@ -24,7 +25,8 @@ def pack(batches: Sequence[Mapping[str, Batch]]) -> tuple[dict[str, Tensor], dic
     numbers: dict[str, dict[int, Any]] = {}
     for u, named in enumerate(batches):
         for name, batch in named.items():
-            for path, leaf in _leaves(batch.tree(), f"batch/{name}"):
+            ends = {} if batch.final is None else {"final": {"at": batch.final.at, "obs": batch.final.obs}}
+            for path, leaf in _leaves({**batch.tree(), **ends}, f"batch/{name}"):
                 (columns if isinstance(leaf, Tensor) else numbers).setdefault(path, {})[u] = leaf
     n = len(batches)
     tensors = {path: _narrow(torch.cat([x.detach().cpu().reshape(-1) for x in found.values()])) for path, found in columns.items()}
@@ -54,7 +56,12 @@ def unpack(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> list[dict
     for path, entry in about["numbers"].items():
         for u, value in _each("value", entry, about["updates"]):
             _put(trees[u], path, value)
-    return [{name: Batch.from_tree(tree) for name, tree in found["batch"].items()} for found in trees]
+    return [{name: _batch(tree) for name, tree in found.get("batch", {}).items()} for found in trees]
+
+
+def _batch(tree: dict[str, Any]) -> Batch:
+    final = tree.pop("final", None)
+    return replace(Batch.from_tree(tree), final=None if final is None else Final(final["at"], final["obs"]))
 
 
 def _leaves(tree: Any, path: str) -> Iterator[tuple[str, Any]]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from polopt.batch import Batch
 from polopt.errors import CallError, unknown
+from polopt.evidence.proof import actors
 from polopt.method import PLURAL, UPDATE_SLOTS, Method, Update
 from polopt.part import Part, union
 from polopt.paths import Leaf, Slot, method_leaves
@@ -134,8 +135,11 @@ def losses(method: Method, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     """The sum of the losses of all updates, and its gradients by `name@now`.
 
     An update's gradient counts where it trains the net that the statistic comes from: "value..." is the value's, and so on for nets
-    with names of their own; all others are the policy's.
+    with names of their own; all others are the policy's. Where parts ask networks themselves, gradients are those of the
+    parameters of small random networks (`actors`).
     """
+    if actors.acts(method):
+        return actors.losses(method, batch)
     leaves = {k: v.detach().clone().requires_grad_() for k, v in batch.stats.items() if k.endswith("@now")}
     nets = union(frozenset(u.trains) for u in method.updates) | {"value"}
     gradients = {k: torch.zeros_like(v) for k, v in leaves.items()}

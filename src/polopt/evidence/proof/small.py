@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from polopt.evidence.proof import actors
 from polopt.method import Method
+from polopt.part import Can
 
 #: Answers per iteration, and how many of them answer the same prompt where a method compares such answers.
 ANSWERS, GROUP = 16, 4
@@ -22,7 +24,12 @@ class Small(NamedTuple):
 
 
 def world(method: Method) -> Small:
-    """The exact world in which every method is certified: short answers of unequal length, paid in part along the way."""
+    """The world in which a method is certified: exact, short answers of unequal length, paid in part along the way.
+
+    Methods that keep transitions are certified on small control tasks, offline ones on a line of cells with logged data.
+    """
+    if actors.acts(method):
+        return _control(method)
     grouped = getattr(method.sampler, "group_size", 1) > 1
     settings: dict[str, Any] = {
         "seed": 0, "threads": 1, "collect.prompts": ANSWERS // GROUP if grouped else ANSWERS, "evaluate.episodes": 8,
@@ -37,6 +44,18 @@ def world(method: Method) -> Small:
         if main.epochs == 1:
             settings[f"updates.{main.name}.epochs"] = EPOCHS
     return Small("table:lengths", settings)
+
+
+def _control(method: Method) -> Small:
+    settings: dict[str, Any] = {
+        "seed": 0, "threads": 1, "policy.hidden": (16, 16), "evaluate.episodes": 2, "evaluate.every": 0, "source.batch": 16,
+    }  # fmt: skip
+    if hasattr(method.source, "rounds"):  # a dataset
+        return Small("dataset:line", {**settings, "source.rounds": 4})
+    settings |= {"collect.envs": 1, "collect.steps": 4, "source.start": 16, "source.size": 1000}
+    if getattr(method.critic, "hidden", None) is not None:
+        settings["critic.hidden"] = (16, 16)
+    return Small("gym:CartPole-v1" if Can.ENUMERATE in method.requires() else "gym:Pendulum-v1", settings)
 
 
 __all__ = ["Small", "world"]

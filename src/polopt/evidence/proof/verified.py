@@ -7,12 +7,14 @@ policy's and the same for all methods.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from polopt.batch import Batch
 from polopt.claim import Neutral
 from polopt.errors import CallError, PoloptError, unknown
+from polopt.evidence.proof import actors
 from polopt.evidence.proof.batches import random_batches
 from polopt.evidence.proof.sides import Gap, called, changed, loss_parts, losses, neighbours, outside_loss, structure, with_part
 from polopt.method import Method
@@ -165,7 +167,10 @@ class _Link:
         names = sorted(union(m.needs() for m in methods))
         reads = sorted(union(p.reads for m in methods for p in m.parts().values()))
         episodes = any(Can.EPISODES in m.requires() for m in (self.child, self.parent))
-        batches = random_batches(conditions, tuple(names), tuple(reads), episodes=episodes)
+        if any(actors.acts(m) for m in methods):
+            batches: Sequence[Batch] = actors.random_transitions(child, len(random_batches()))
+        else:
+            batches = random_batches(conditions, tuple(names), tuple(reads), episodes=episodes)
         gap = Gap()
         for batch in batches[:count]:
             try:

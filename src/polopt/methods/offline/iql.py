@@ -40,6 +40,7 @@ IQL = register(
         title="Implicit Q-learning",
         paper="2110.06169",
         year=2021,
+        neutral=dict.fromkeys(("target", "actor", "updates", "updates.value.target", "updates.value.critic")),
         doc=__doc__ or "",
         claim="State of the art on D4RL without ever evaluating actions outside the data.",
     )

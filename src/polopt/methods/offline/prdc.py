@@ -11,6 +11,7 @@ Defaults: alpha 2.5 (HalfCheetah 40, AntMaze 7.5), beta 2 (AntMaze 7.5), one nei
 lives on the host and is built once. Only the action part of the neighbour pulls, as in the released code.
 """
 
+from polopt.claim import Neutral
 from polopt.methods.offline.td3_bc import TD3_BC
 from polopt.parts.actor.offline import NearestInData
 from polopt.registry import register
@@ -23,6 +24,7 @@ PRDC = register(
         paper="2306.06569",
         year=2023,
         card=206,
+        neutral={"actor": Neutral(own={"beta": 1e6})},
         doc=__doc__ or "",
         claim="State of the art on D4RL locomotion and navigation at publication.",
     )

@@ -25,6 +25,7 @@ TD3_BC = register(
         paper="2106.06860",
         year=2021,
         family="offline",
+        neutral=dict.fromkeys(("actor",)),
         doc=__doc__ or "",
         claim="Matches the state of the art of offline learning with a line added to TD3.",
     )

@@ -43,6 +43,7 @@ SAC = register(
         card=89,
         doc=__doc__ or "",
         claim="State-of-the-art sample efficiency and asymptotic return on MuJoCo, very stable across seeds.",
+        neutral=dict.fromkeys(("target", "multiplier", "updates", "updates.value.target", "updates.value.critic")),
         floor=Floor("gym:Pendulum-v1", "10k-decisions", -300, settings={"evaluate.episodes": 16}),
     )
 )

@@ -34,6 +34,7 @@ SAC_DISCRETE = register(
         card=134,
         doc=__doc__ or "",
         claim="Competitive with tuned Rainbow at 100k steps on Atari games without any tuning.",
+        neutral=dict.fromkeys(("target", "critic", "actor", "multiplier")),
         floor=Floor("gym:CartPole-v1", "12k-decisions", 200, settings={"evaluate.episodes": 16, "multiplier.share": 0.5}),
     )
 )

@@ -50,6 +50,7 @@ SAC_V1 = register(
         card=112,
         doc=__doc__ or "",
         claim="Outperforms DDPG, PPO and TD3 on hard MuJoCo tasks, with similar performance across seeds.",
+        neutral=dict.fromkeys(("target", "actor", "updates", "updates.value.target", "updates.value.critic")),
         floor=Floor("gym:Pendulum-v1", "10k-decisions", -400, settings={"evaluate.episodes": 16}),
     )
 )  # fmt: skip

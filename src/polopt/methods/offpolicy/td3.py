@@ -13,7 +13,7 @@ Noise is in units of the largest action. Not included: the paper's ablations (AH
 
 from dataclasses import replace
 
-from polopt.claim import Floor
+from polopt.claim import Floor, Neutral
 from polopt.methods.offpolicy.ddpg import DDPG
 from polopt.parts.critic_q import QRegression
 from polopt.parts.rule.descend import Descend
@@ -34,6 +34,7 @@ TD3 = register(
         card=123,
         doc=__doc__ or "",
         claim="Outperforms the state of the art in every tested environment of the OpenAI gym MuJoCo suite.",
+        neutral={"target": Neutral(own={"noise": 0.0})},
         floor=Floor("gym:Pendulum-v1", "10k-decisions", -300, settings={"evaluate.episodes": 16}),
     )
 )

@@ -32,6 +32,7 @@ TQC = register(
         card=177,
         doc=__doc__ or "",
         claim="State of the art on all continuous-control environments tried; 25 % above on Humanoid.",
+        neutral=dict.fromkeys(("target", "critic")),
         floor=Floor("gym:Pendulum-v1", "8k-decisions", -300, settings={"evaluate.episodes": 16, "critic.hidden": (64, 64)}),
     )
 )
