@@ -183,7 +183,8 @@ class Method:
         updates = tuple(direct.get("updates", self.updates))
         nested = {k: v for k, v in changes.items() if k in inner}
         if nested:
-            updates = (replace(updates[0], **nested), *updates[1:])
+            at = _main(updates)
+            updates = (*updates[:at], replace(updates[at], **nested), *updates[at + 1 :])
         described = {**DESCRIPTION, "family": self.family}
         child = replace(
             self,
@@ -205,7 +206,7 @@ class Method:
     def update(self, name: str | None = None) -> Update:
         """An update by name; the first one by default."""
         if name is None and self.updates:
-            return self.updates[0]
+            return self.updates[_main(self.updates)]
         for u in self.updates:
             if u.name == name:
                 return u
@@ -355,6 +356,11 @@ class Method:
         now = {k.removesuffix("@now"): v for k, v in batch.stats.items() if k.endswith("@now")}
         rng = rng if isinstance(rng, Draws) else Draws(rng, batch.mask.device)
         return objective.loss(self, u, batch, now, given, totals, memory, rng, nets)
+
+
+def _main(updates: Sequence[Update]) -> int:
+    """The first update on the batch `policy`; the first of all where none is."""
+    return next((i for i, u in enumerate(updates) if u.on == "policy"), 0)
 
 
 def _requires(part: Part) -> frozenset[Can]:

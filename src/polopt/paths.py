@@ -123,12 +123,12 @@ def _fields(owner: Any, prefix: str) -> Iterator[Leaf]:
 
 # -------------------------------------------------------------------- names
 def canonical(path: str, method: Method) -> str:
-    """The full path of a shorthand: `lr` is `updates.<first>.rule.lr`, `penalty.coef` the one penalty's, `group_size` a sampler's.
+    """The full path of a shorthand: `lr` is `updates.<main>.rule.lr`, `penalty.coef` the one penalty's, `group_size` a sampler's.
 
     Paths that are unknown come back as they are.
     """
     head, _, rest = path.partition(".")
-    main = method.updates[0] if method.updates else Update()
+    main = method.update() if method.updates else Update()
     if head == "task" and rest:
         return f"options.{rest}"
     if head in SECTIONS:
@@ -212,7 +212,7 @@ def _stage_setting(path: str, method: Method) -> Leaf | None:
 def suggestion(path: str, known: Sequence[str], method: Method) -> str:
     """`, did you mean 'surrogate.high'?`, or what lies in the same section, or where the list is."""
     last = path.rpartition(".")[2]
-    main = f"updates.{method.updates[0].name}." if method.updates else ""
+    main = f"updates.{method.update().name}." if method.updates else ""
     short = {p.removeprefix(main).removeprefix("rule."): p for p in known}
     same = [p for p in known if p.rpartition(".")[2] == last]
     close = difflib.get_close_matches(path, same, n=1, cutoff=0)

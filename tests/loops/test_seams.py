@@ -1,11 +1,11 @@
 """Three awkward papers written against the seams: a staged sampler, a second update on a kept batch, a two-stage recipe.
 
-They live here, not in the library: what is tested is that none of them needs anything but parts, updates and sources.
+What is tested is that none of them needs anything but parts, updates and sources.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -16,8 +16,10 @@ from worlds import TableCollector, TablePolicy, TableTask
 
 import polopt.loops.improve as loop
 from polopt.batch import Batch
-from polopt.method import Method, Update
+from polopt.method import Method
+from polopt.methods.language.pipo import VERIFY
 from polopt.part import Part
+from polopt.parts.previous import Previous
 from polopt.parts.rule.descend import Descend
 from polopt.parts.sampler.hints import Hints
 from polopt.registry import get_method
@@ -67,70 +69,10 @@ def test_staged_sampler_without_failures_is_its_parent(monkeypatch: pytest.Monke
 
 
 # ------------------------------------------------------------------ two updates (arXiv 2604.00860)
-@dataclass(frozen=True)
-class KeepPrevious(Part):
-    """Train on the fresh batch and, from the second iteration on, on the one before."""
-
-    kind: ClassVar[str] = "source"
-    name: ClassVar[str] = "keep-previous"
-
-    def __call__(self, batches: dict[str, Batch], store: MutableMapping[str, Batch]) -> dict[str, Batch]:
-        out = {**batches, **({"previous": store["previous"]} if "previous" in store else {})}
-        store["previous"] = batches["policy"]
-        return out
-
-
-@dataclass(frozen=True)
-class Verified(Part):
-    """Attribution of the previous batch times whether the update helped: G A_i / sum_j |A_j| * phi((mu - mean) / std)."""
-
-    kind: ClassVar[str] = "advantage"
-    name: ClassVar[str] = "verified"
-    moments: ClassVar[frozenset[str]] = frozenset({"drawn"})
-    window: int = 2
-    lam: float = 0.1
-
-    def initial(self) -> dict[str, Tensor]:
-        return {"means": torch.zeros(0, dtype=torch.float64), "seen": torch.zeros(())}
-
-    def observe(self, moment: str, *, batch: Batch, memory: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        if "previous_marker" in batch.row:  # only the fresh batch tells how the policy does now
-            return {}
-        return {"means": torch.cat([memory["means"], batch.outcome().mean()[None]])[-self.window - 1 :]}
-
-    def __call__(self, batch: Batch, memory: Mapping[str, Tensor]) -> Tensor:
-        means = memory["means"]
-        if len(means) <= self.window:
-            return torch.zeros(batch.shape, dtype=torch.float64)
-        past, now = means[:-1], means[-1]
-        xi = torch.where(past.std() > 0, (now - past.mean()) / past.std().clamp(min=1e-12), torch.zeros_like(now))
-        outcome = batch.outcome()
-        centred = outcome - batch.pool(outcome, by="group")
-        share = centred.abs() / batch.pool(centred.abs(), by="group", how="mean").clamp(min=1e-12)
-        return (share * centred.sign() * torch.where(xi >= 0, xi, self.lam * xi))[:, None].expand(batch.shape)
-
-
-class OnlyFresh(KeepPrevious):
-    """`KeepPrevious` that marks the kept batch, so that observers of "drawn" can tell the two apart."""
-
-    def __call__(self, batches: dict[str, Batch], store: MutableMapping[str, Batch]) -> dict[str, Batch]:
-        out = super().__call__(batches, store)
-        if "previous" in out:
-            old = out["previous"]
-            out["previous"] = replace(old, row={**old.row, "previous_marker": torch.ones(old.shape[0])})
-        return out
-
-
 def pipo(lr: float, window: int = 2) -> Method:
     base = get_method("grpo").but("base", penalty=(), rule=SGD)
-    verify = Update(
-        "verify",
-        on="previous",
-        terms=("surrogate",),
-        advantage=Verified(window=window),
-        rule=Descend(optimizer="sgd", lr=lr, max_grad_norm=None),
-    )
-    return base.but("pipo", source=OnlyFresh(), updates=(verify, *base.updates))
+    verify = replace(VERIFY, rule=Descend(optimizer="sgd", lr=lr, max_grad_norm=None))
+    return base.but("pipo", source=Previous(window=window), updates=(verify, *base.updates))
 
 
 def test_two_updates_on_two_batches(monkeypatch: pytest.MonkeyPatch) -> None:

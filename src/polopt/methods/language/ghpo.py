@@ -7,10 +7,10 @@ Against GRPO: the sampler, and no KL penalty. Behaviour, old and new log-probabi
 of the prompt, and nothing imitates it. Solvable prompts stay plain RL. Liu et al., "GHPO: adaptive guidance for stable
 and efficient LLM reinforcement learning" (arXiv 2507.10628) and its code.
 
-Paper: temperature 1, accuracy weighs 1 and format 0.5 (weights belong to the task), 10 % warm-up and cosine decay. The
-released code computes old log-probabilities from the replaced completions only because it makes one step per batch. Where
-a hint does not fit it cuts the question; here the hint is cut. The paper's first phase with a fixed share is
-`--sampler.fixed N`. A verifier with partial credit needs `--sampler.threshold`.
+Paper: accuracy weighs 1 and format 0.5 (weights belong to the task). The released code takes old log-probabilities under
+q* only because it makes one step per batch, and cuts the question where a hint does not fit; here the hint is cut. The
+paper's first phase with a fixed share is `--sampler.fixed N`; a verifier with partial credit needs
+`--sampler.threshold`. Not included: 10 % warm-up and cosine decay of the rate (`--rule.warmup 0.1 --rule.schedule cosine`).
 """
 
 from polopt.claim import Floor, Miniature, Neutral
