@@ -204,7 +204,7 @@ class Method:
 
     # ---------------------------------------------------------------- reading
     def update(self, name: str | None = None) -> Update:
-        """An update by name; the first one by default."""
+        """An update by name; by default the main one: the first on what was just sampled, which plain settings belong to."""
         if name is None and self.updates:
             return self.updates[_main(self.updates)]
         for u in self.updates:
