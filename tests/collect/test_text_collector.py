@@ -171,6 +171,7 @@ def test_evaluation_is_of_held_out_items_and_disturbs_nothing() -> None:
     assert next(iter(found)) == "score"
     scores = task.score(*task.seen, timeout=1.0)
     assert found["score"] == pytest.approx((scores[:, 1] == 1).mean())
+    assert {k: v for k, v in found.items() if "/" in k} == {"reward/a": scores[:, 0].mean(), "reward/short": scores[:, 1].mean()}
     assert one.evaluate(5) == found
     assert torch.equal(ask(one).action, ask(two).action)
     assert one.costs() == two.costs()

@@ -220,6 +220,8 @@ class TextCollector:
     def evaluate(self, episodes: int) -> dict[str, float]:
         """Scores of one completion for each of the first `episodes` held-out items: "score" is the share that is correct.
 
+        Several rewards are reported one by one as well, as "reward/NAME".
+
         Greedy, or drawn from a stream of its own that starts afresh each time.
         """
         items = [self.held_out[i] for i in range(min(episodes, len(self.held_out)))]
@@ -238,6 +240,7 @@ class TextCollector:
         return {
             "score": float(self.task.correct(table).mean()),
             "reward": float(table.sum(1).mean()),
+            **({f"reward/{c}": float(table[:, k].mean()) for k, c in enumerate(self.task.channels)} if table.shape[1] > 1 else {}),
             "length": lengths / n,
             "truncated": cut / n,
         }
