@@ -55,6 +55,24 @@ def test_bumps_pay_most_in_their_centres_and_little_between() -> None:
     assert ring.value(np.zeros((1, 2)))[0] < 1e-8
 
 
+def test_of_hidden_modes_one_pays_and_ends_the_episode() -> None:
+    world = Bandit(BanditOptions(form="bumps", modes=4, width=0.25, hidden=True, horizon=12))
+    rng = np.random.default_rng(0)
+    state = world.start(4000, rng)
+    np.testing.assert_array_equal(world.observe(state), np.ones((4000, 1)))
+    _, reward, over = world.step(state, np.repeat(world.centres[1:2], 4000, 0), rng)
+    np.testing.assert_array_equal(over, reward == 1)
+    assert reward.mean() == pytest.approx(1 / 4, abs=0.03)
+    edge = 0.25 * math.sqrt(math.log(2))
+    state[:, 1] = 0
+    beside = np.array([[0.7 + f * edge, 0.0] for f in (0.99, 1.01)])
+    assert world.step(state[:2], beside, rng)[1].tolist() == [1, 0]
+    hits = np.zeros(4000, dtype=bool)
+    for _ in range(12):  # all modes equally often
+        hits |= world.step(state, world.centres[rng.integers(0, 4, 4000)], rng)[2]
+    assert hits.mean() == pytest.approx(1 - 0.75**12, abs=0.02)
+
+
 def test_quadratic_and_arms_have_their_known_best() -> None:
     world = Bandit(BanditOptions(form="quadratic", size=3, radius=0.6))
     np.testing.assert_allclose(world.value(world.best[0][None]), 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -65,11 +66,17 @@ class FlowHead:
 
     def outward(self, action: Array) -> Array:
         """Stored actions as the environment wants them."""
-        low, high = np.asarray(self.action.low), np.asarray(self.action.high)
-        both = np.isfinite(low) & np.isfinite(high)
-        middle, half = np.where(both, (low + high) / 2, 0.0), np.where(both, (high - low) / 2, 1.0)
-        out: Array = np.where(both, middle + half * np.tanh(action), np.clip(action, low, high))
+        low, high, bounded, middle, half = self._bounds
+        out: Array = np.where(bounded, middle + half * np.tanh(action), np.clip(action, low, high))
         return out.astype(self.action.dtype).reshape(-1, *self.action.shape)
+
+    @functools.cached_property
+    def _bounds(self) -> tuple[Array, ...]:
+        """Lowest, highest, whether both are finite; where they are, middle and half width."""
+        low, high = np.asarray(self.action.low), np.asarray(self.action.high)
+        bounded = np.isfinite(low) & np.isfinite(high)
+        near, far = np.where(bounded, low, -1.0), np.where(bounded, high, 1.0)
+        return low, high, bounded, (near + far) / 2, (far - near) / 2
 
 
 class FlowPolicy(MLPPolicy):
@@ -222,10 +229,8 @@ def pairs_of(method: Method) -> Pairs:
 
 def _refuse_statistics(method: Method, task: str) -> None:
     for path, part in method.parts().items():
-        asked = {n.partition("@") for n in part.needs}
-        lacking = sorted(
-            name for name, _, view in asked if view in ("now", "old", "ref", "stepped") and name not in {*KNOWN, "return"}
-        )
+        asked = {n.partition("@")[::2] for n in part.needs}
+        lacking = sorted({name for name, view in asked if view != "behaviour"} - KNOWN - {"return"})
         if lacking:
             raise Misfit(
                 f"{method.name} cannot run on {task} with a flow policy: its {path} '{part.name}' needs {' and '.join(lacking)}, "

@@ -27,7 +27,7 @@ FAMILIES = {
     "bandit": (
         "polopt.tasks.bandit",
         "BanditTask",
-        "one state, known rewards: wave, two, ring, quadratic or arms, e.g. bandit:two",
+        "one state, known rewards: wave, two, ring, hidden, quadratic or arms, e.g. bandit:two",
     ),
 }
 

@@ -30,6 +30,7 @@ class BanditOptions:
         0.7
     )
     width: Annotated[float, Range(gt=0), "width of a bump"] = 0.15
+    hidden: Annotated[bool, "bumps: one of each episode pays 1 where the bump exceeds 1/2, is not shown, and ends it"] = False
     tilt: Annotated[float, Range(ge=0, le=1), "what each further bump pays less than the one before; the first pays 1"] = 0.0
     arms: Annotated[int, Range(ge=2), "numbered arms"] = 10
     gap: Annotated[float, Range(gt=0), "what the best arm pays more than the worst; those between are spaced evenly"] = 1.0
@@ -42,7 +43,8 @@ class Bandit:
     """A world of one state, seen as the number 1.
 
     wave: f(a) = 0.6 sin(6a) exp(-a^2) + 0.4a on [-1,1], several peaks. bumps: max_k (1 - k tilt) exp(-|a - c_k|^2 / width^2).
-    quadratic: 1 - |a - best|^2. arms: arm i pays gap i / (arms - 1).
+    quadratic: 1 - |a - best|^2. arms: arm i pays gap i / (arms - 1). With a hidden mode the best memoryless policy hits all modes
+    equally often: in h decisions that pays 1 - (1 - 1/modes)^h, any one mode 1/modes.
     """
 
     sight = 1
@@ -90,12 +92,19 @@ class Bandit:
         return at, 1.0
 
     def start(self, n: int, rng: Rng) -> Floats:
-        return np.ones((n, 1))
-
-    def observe(self, state: Floats) -> Floats:
+        state = np.ones((n, 2))
+        if self.options.hidden:
+            state[:, 1] = rng.integers(0, self.options.modes, n)
         return state
 
+    def observe(self, state: Floats) -> Floats:
+        return state[:, :1]
+
     def step(self, state: Floats, action: NDArray[Any], rng: Rng) -> tuple[Floats, Floats, NDArray[np.bool_]]:
+        if self.options.hidden:
+            far = np.square(np.clip(action, -1, 1) - self.centres[state[:, 1].astype(int)]).sum(1)
+            hit = far < math.log(2) * self.options.width**2
+            return state, hit.astype(np.float64), hit
         reward = self.value(action)
         if self.options.noise:
             reward = reward + self.options.noise * rng.standard_normal(len(reward))
@@ -111,6 +120,7 @@ class BanditTask(EquationTask):
         "wave": ({"form": "wave", "noise": 1.0}, "one number, several peaks, noise"),
         "two": ({"form": "bumps", "size": 1, "modes": 2}, "one number, two equally good modes at +-0.7"),
         "ring": ({"form": "bumps", "size": 2, "modes": 8}, "two numbers, eight equally good modes on a circle"),
+        "hidden": ({"form": "bumps", "width": 0.25, "hidden": True, "horizon": 12}, "two modes; which one pays is not shown"),
         "quadratic": ({"form": "quadratic"}, "one smooth peak"),
         "arms": ({"form": "arms", "noise": 0.5}, "ten numbered arms"),
     }

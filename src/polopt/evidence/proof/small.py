@@ -30,6 +30,8 @@ def world(method: Method) -> Small:
     """
     if actors.acts(method):
         return _control(method)
+    if Can.FLOW in method.requires():
+        return _flow(method)
     grouped = getattr(method.sampler, "group_size", 1) > 1
     settings: dict[str, Any] = {
         "seed": 0, "threads": 1, "collect.prompts": ANSWERS // GROUP if grouped else ANSWERS, "evaluate.episodes": 8,
@@ -56,6 +58,16 @@ def _control(method: Method) -> Small:
     if getattr(method.critic, "hidden", None) is not None:
         settings["critic.hidden"] = (16, 16)
     return Small("gym:CartPole-v1" if Can.ENUMERATE in method.requires() else "gym:Pendulum-v1", settings)
+
+
+def _flow(method: Method) -> Small:
+    settings: dict[str, Any] = {
+        "seed": 0, "threads": 1, "policy.hidden": (16,), "policy.flow_steps": 4, "collect.envs": 4, "collect.steps": 8,
+        "evaluate.episodes": 2, "evaluate.every": 0, "minibatch": 16,
+    }  # fmt: skip
+    if hasattr(method.update().rule, "lr"):
+        settings["rule.lr"] = 0.01  # ratios must come to where a surrogate bounds them
+    return Small("point:two", settings)
 
 
 __all__ = ["Small", "world"]
