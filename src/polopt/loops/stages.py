@@ -14,6 +14,7 @@ from typing import Any
 
 from polopt.errors import CallError, PoloptError
 from polopt.interfaces import Observer, State, Task
+from polopt.loops.build import iteration_size
 from polopt.loops.flat import FlatParameters
 from polopt.loops.improve import Improve
 from polopt.loops.measures import Metrics
@@ -51,6 +52,20 @@ class Staged(Loop):
         self.reference: State | None = None  # the policy that the present stage has as its reference, if it took one over
         self.before: State = {"updates": 0, "seconds": 0.0, "spent": {}}  # of the stages before the present one
         self._advance()
+        self._refuse_short_budget()
+
+    def _refuse_short_budget(self) -> None:
+        """Raise `CallError` when the first stage alone would use up the budget, so that nothing of the others would run."""
+        own, unit = self.inner.budget, self.budget.unit
+        if len(self.sequence) == 1 or Length.parse(self.stage.length).kind not in ("passes", "amount"):
+            return
+        least = iteration_size(self.task, self.inner.method, self.inner.settings)[0] if unit == "decisions" else 1
+        need = own.amount if own.unit == unit else own.amount * least if own.unit == "updates" and unit != "seconds" else 0
+        if need >= self.budget.amount:
+            raise CallError(
+                f"{self.recipe.name}: stage '{self.stage.name}' ({self.stage.length}) takes at least {need:g} {unit} on "
+                f"{self.task.name}, the whole budget is {self.budget}; raise the budget or set stages.{self.stage.name}.length"
+            )
 
     @property
     def stage(self) -> Stage:
