@@ -11,7 +11,10 @@ import polopt
 from polopt.loops.improve import Improve
 from polopt.overrides import resolve
 
-METHODS = ["reinforce", "rloo", "reinforce-baseline", "ppo-lm", "grpo", "dr-grpo", "dapo", "gspo", "cispo", "sapo", "clip-cov", "kl-cov"]
+METHODS = [
+    "reinforce", "rloo", "reinforce-baseline", "ppo-lm", "grpo", "dr-grpo", "dapo", "gspo", "cispo", "sapo", "clip-cov", "kl-cov",
+    "bnpo", "gdpo", "bapo",
+]  # fmt: skip
 SETTINGS: dict[str, Any] = {
     "budget": "9-updates", "threads": 1, "collect.prompts": 4, "collect.max_new_tokens": 8, "evaluate.episodes": 2,
     # plain descent: Adam would blow rounding errors of vanishing gradients up to full steps

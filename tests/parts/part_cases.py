@@ -29,6 +29,7 @@ from polopt.parts.reward.conditioned import Conditioned
 from polopt.parts.reward.kl import KLInReward
 from polopt.parts.reward.overlong import SoftOverlong
 from polopt.parts.select.truncated import DropTruncated
+from polopt.parts.surrogate.balanced_clip import BalancedClip
 from polopt.parts.surrogate.capped_weight import CappedWeight
 from polopt.parts.surrogate.clip import Clip, SequenceClip
 from polopt.parts.surrogate.score import Ratio, ScoreFunction
@@ -48,7 +49,7 @@ ADVANTAGES: list[Part] = [
 OTHERS: list[Part] = [
     KLInReward(), KLInReward(form="sequence"), SoftOverlong(), TruncatedImportance(), ScoreFunction(), Ratio(), Clip(),
     Clip(dual=2.0), SequenceClip(), CappedWeight(), EntropyBonus(), KLToReference(), AdaptiveKL(), ValueLoss(), ValueLoss(clip=0.2),
-    DropTruncated(), SoftGate(), KLCov(share=0.3), Conditioned(),
+    DropTruncated(), SoftGate(), KLCov(share=0.3), Conditioned(), BalancedClip(),
     LowProbability(rho=1.0), LowProbability(rho=1.0, form="paper"),
 ]  # fmt: skip
 EVERY = [*ADVANTAGES, *OTHERS]
