@@ -159,7 +159,9 @@ class Improve(Loop):
         if allotment is not None and not allotment.asked:
             sampler, allocator = self.method.sampler.name, allotment.part.name
             raise CallError(f"sampler '{sampler}' never asked plan.allot, so that allocator '{allocator}' decides nothing")
-        kept = batches if self.supply is not None else call(self.method.source, batches=batches, store=self.store, memory=self.memory.of("source"))
+        kept = batches
+        if self.supply is None:
+            kept = call(self.method.source, batches=batches, store=self.store, memory=self.memory.of("source"))
         batches = {k: replace(b, clock=clock) for k, b in kept.items()}
         for batch in batches.values():
             self.observe("drawn", batch)
