@@ -191,6 +191,16 @@ def test_more_prompts_than_there_are_ask_all_and_the_best_again() -> None:
     assert ask(part, memory, 7) == [0, 2, 1, 0, 2, 1, 0]
 
 
+def test_a_run_on_fewer_prompts_than_are_wanted_asks_each_of_them_and_some_again() -> None:
+    r = resolve("vade", "table:bank", {"options.prompts": 3, "options.families": 3, "collect.prompts": 8, "sampler.group_size": 4})
+    run = Improve(r.method, r.task, r.settings)
+    (batch,) = run.collect(Clock()).values()
+    assert batch.units["group"] == 8
+    counts = torch.bincount(batch.keys["item"], minlength=3)
+    assert sorted(counts.tolist()) == [8, 12, 12]  # the budget is spent exactly
+    assert bool((run.memory.of("allocator")["last"] == 1).all())
+
+
 def test_equal_promises_are_broken_at_random() -> None:
     part = Thompson()
     memory = fresh(part, 6, alpha=[SMALLEST] * 6, beta=[1e9] * 6)  # all draw 0
