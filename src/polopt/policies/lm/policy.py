@@ -146,6 +146,7 @@ class LMPolicy:
                 found = chunked(
                     hidden.reshape(b * used, -1)[index], action.reshape(-1)[index], self._temperature(batch, index // used),
                     self._head(backbone), backbone.vocabulary, names, self.chunk,
+                    linear=backbone.linear if engine.name != "exact" else None,
                 )  # fmt: skip
                 for name, x in found.items():
                     whole = x.new_zeros(b * used, *x.shape[1:]).index_copy(0, index, x).view(b, used, *x.shape[1:])
