@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from polopt.errors import CallError, PoloptError
     from polopt.method import Method, Update
     from polopt.part import Part, Range, register_part
+    from polopt.recipe import Recipe, Stage
     from polopt.registry import register
 
     __version__: str
@@ -44,12 +45,14 @@ _HOME = {
     **dict.fromkeys(("CallError", "PoloptError"), "polopt.errors"),
     **dict.fromkeys(("Method", "Update"), "polopt.method"),
     **dict.fromkeys(("Part", "Range", "register_part"), "polopt.part"),
+    **dict.fromkeys(("Recipe", "Stage"), "polopt.recipe"),
     "register": "polopt.registry",
 }
 
 __all__ = [
-    "Batch", "CallError", "Method", "Part", "PoloptError", "Range", "Update", "__version__", "certify", "check_evidence", "compare",
-    "diff", "evaluate", "explain", "gather_evidence", "load", "method", "methods", "register", "register_part", "resume", "train",
+    "Batch", "CallError", "Method", "Part", "PoloptError", "Range", "Recipe", "Stage", "Update", "__version__", "certify",
+    "check_evidence", "compare", "diff", "evaluate", "explain", "gather_evidence", "load", "method", "methods", "register",
+    "register_part", "resume", "train",
 ]  # fmt: skip
 
 
