@@ -9,7 +9,8 @@ loss, means per answer, no critic, one gradient step per batch. Shao et al., "De
 and 4; outcome supervision.
 
 Paper: 64 answers per prompt, beta = 0.04, rate 1e-6, one update per batch; here 8 answers. Not included: process
-supervision, iterative training of the reward model, and replacing the reference between rounds.
+supervision, iterative training of the reward model, replacing the reference between rounds, and the ratio that TRL puts
+before the KL term by default (its `use_bias_correction_kl`).
 """
 
 from polopt.claim import Floor, Miniature, Neutral

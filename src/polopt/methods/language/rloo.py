@@ -8,7 +8,8 @@ reward, without gradient. An answer counts as one decision: its log-probability 
 al., "Back to basics" (arXiv 2402.14740); Kool et al. 2019 for the baseline. k = 4 and beta = 0.03 are the paper's, the
 rate 1e-6.
 
-Not included: RAFT, and the ratio with several steps per batch of some ports (use `surrogate clip` and `epochs`).
+Not included: RAFT, and the ratio with several steps per batch of some ports (use `surrogate clip` and `epochs`). TRL's
+loss clips the ratio of whole answers: on-policy its gradient is this one, off-policy this one times the ratio, or 0.
 """
 
 from polopt.claim import Floor, Miniature, Neutral
