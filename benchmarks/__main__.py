@@ -45,6 +45,9 @@ BENCHMARKS: dict[str, dict[str, Any]] = {
         "threads": 1,
         "higher": False,
     },
+    "updates-control": {"args": ["control", "eager"], "contenders": ["updates"], "threads": 1, "higher": False},
+    "updates-compiled": {"args": ["control", "compiled"], "contenders": ["updates"], "threads": 1, "higher": False},
+    "updates-text": {"args": ["text", "eager"], "contenders": ["updates"], "threads": 1, "higher": False},
     "overhead": {"args": [], "contenders": ["overhead"], "threads": 1, "higher": False},
     "replay": {"args": [], "contenders": ["replay"], "threads": 1, "higher": False},
 }
@@ -54,7 +57,7 @@ def run(contender: str, args: list[str], threads: int, peer_python: str) -> dict
     """One run of one contender (`worker` or `worker:first-argument`): the JSON object on its last line."""
     worker, _, first = contender.partition(":")
     args = [first, *args] if first else args
-    ours = worker.endswith("polopt") or worker in ("linear", "long", "overhead", "replay")
+    ours = worker.endswith("polopt") or worker in ("linear", "long", "overhead", "replay", "updates")
     env = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     python = sys.executable if ours else peer_python
     done = subprocess.run(
