@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 #: Slots that one update fills; an `Update` may override any of them.
 UPDATE_SLOTS = ("advantage", "select", "weight", "surrogate", "penalty", "target", "critic", "actor", "multiplier", "aggregate")
 #: Slots that hold several parts.
-PLURAL = ("reward", "select", "weight", "penalty")
+PLURAL = ("reward", "select", "weight", "penalty", "after")
 SLOTS = ("allocator", "sampler", "decoder", "explore", "source", "reward", *UPDATE_SLOTS)
 #: Slots that may be empty.
 OPTIONAL = ("allocator", "decoder", "explore", "advantage", "surrogate", "target", "critic", "actor", "multiplier")
@@ -226,7 +226,7 @@ class Method:
             found |= {f"{slot}.{p.name}": p for p in value} if slot in PLURAL else ({slot: value} if value else {})
         for u in self.updates:
             found[f"updates.{u.name}.rule"] = u.rule
-            found |= {f"updates.{u.name}.after.{i}": p for i, p in enumerate(u.after)}
+            found |= {f"updates.{u.name}.after.{p.name}": p for p in u.after}
             for slot in UPDATE_SLOTS:
                 value = getattr(u, slot)
                 if value is not None:
@@ -282,8 +282,12 @@ class Method:
             for term in u.terms:
                 if term not in TERMS:
                     raise unknown(f"term of update '{u.name}'", term, TERMS)
-            if "surrogate" in u.terms and slots.surrogate is not None and slots.advantage is None:
-                raise CallError(f"{self.name}: update '{u.name}' has a surrogate but no advantage to weigh it with")
+            for slot in ("surrogate", "advantage") if "surrogate" in u.terms else ():
+                if getattr(slots, slot) is None:
+                    raise CallError(
+                        f"{slot} = none: the slot cannot be empty, update '{u.name}' of {self.name} trains on its surrogate; "
+                        f"'polopt parts {slot}' lists what fits"
+                    )
             before: list[tuple[str, Part | None]] = [
                 ("allocator", self.allocator),
                 ("sampler", self.sampler),

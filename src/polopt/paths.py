@@ -13,17 +13,15 @@ from dataclasses import dataclass, fields, is_dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
 from polopt.errors import CallError
-from polopt.method import PLURAL, SLOTS, UPDATE_SLOTS, Method, Update
+from polopt.method import OPTIONAL, PLURAL, SLOTS, UPDATE_SLOTS, Method, Update
 from polopt.part import KINDS, Part, Range, hints, make_part
 from polopt.recipe import OWN_SETTINGS, STAGE_FIELDS, Recipe, Stage, stages_of
 from polopt.settings import Settings
 
 T = TypeVar("T")
 
-#: Slots that may be empty although they hold one part.
-OPTIONAL = ("allocator", "decoder", "explore", "target", "critic", "actor", "multiplier")
 #: Settings of an update that are no slots: what a bare name such as `epochs` may mean.
-UPDATE_FIELDS = tuple(f.name for f in fields(Update) if f.name not in (*UPDATE_SLOTS, "name", "rule"))
+UPDATE_FIELDS = tuple(f.name for f in fields(Update) if f.name not in (*UPDATE_SLOTS, "name", "rule", "after"))
 SECTIONS = tuple(f.name for f in fields(Settings))
 NONE = ("none", "null")
 
@@ -75,7 +73,7 @@ def method_leaves(method: Method) -> dict[str, Leaf]:
         annotations = hints(Update)
         found += [Leaf(prefix + name, annotations[name], getattr(u, name)) for name in UPDATE_FIELDS]
         found += [Leaf(f"{prefix}rule", Slot("rule"), u.rule), *_fields(u.rule, f"{prefix}rule.")]
-        found += [leaf for leaf in _slots(u, UPDATE_SLOTS, prefix) if leaf.value is not None]
+        found += [leaf for leaf in _slots(u, (*UPDATE_SLOTS, "after"), prefix) if leaf.value not in (None, ())]
     if isinstance(method, Recipe):
         found += [Leaf("repeat", hints(Recipe)["repeat"], method.repeat), *(leaf for s in method.stages for leaf in _stage(s))]
     return {leaf.path: leaf for leaf in found}
@@ -390,7 +388,7 @@ def replace_at(owner: T, path: Sequence[str], value: Any) -> T:
     if new is not None and head in KINDS and isinstance(owner, Method | Update):
         from polopt.method import _fit
 
-        new = new if head in ("rule", "after") else _fit(head, new)
+        new = new if head == "rule" else _fit(head, new)
     return typing.cast(T, dataclasses.replace(typing.cast(Any, owner), **{head: new}))
 
 
