@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import polopt
+import polopt.loops.compiled as compiled_steps
 from polopt.batch import Batch, Clock
 from polopt.errors import CallError
 from polopt.loops.improve import Improve
@@ -241,3 +242,16 @@ def test_pairs_are_reused_in_all_epochs_and_drawn_anew_for_each_batch() -> None:
     total = first.stats["cfm_time@behaviour"].sum()
     per_epoch = torch.cat(seen).view(16, -1).sum(1)
     torch.testing.assert_close(per_epoch, total.expand(16))
+
+
+def test_compiled_steps_make_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled_steps, "BACKEND", "eager")
+
+    def final(how: str) -> Tensor:
+        over = {**SMALL, "optim.compile": how, "epochs": 2, "minibatch": 16, "rule.lr": 0.01}
+        run = polopt.train("fpo", "bandit:hidden", budget="3-updates", out=False, overrides=over)
+        policy = run.policy
+        assert isinstance(policy, FlowPolicy)
+        return torch.cat([p.detach().flatten() for p in policy.parameters()])
+
+    torch.testing.assert_close(final("always"), final("never"), rtol=1e-4, atol=2e-6)

@@ -152,7 +152,7 @@ class CompiledSteps:
         def losses(
             flat: Tensor, fixed: dict[str, Tensor], slots: dict[str, dict[str, Tensor]], columns: dict[str, Any],
             advantage: Tensor | None, index: Tensor, fraction: Tensor, update: Tensor,
-        ) -> tuple[Tensor, tuple[Diagnostics, Tensor | None]]:  # fmt: skip
+        ) -> tuple[Tensor, tuple[Diagnostics, list[Tensor]]]:  # fmt: skip
             parameters = {n: flat[o : o + size].view(shape) for n, (o, size, shape) in self.places.items()}
             cut = {c: tree_map(lambda x: x[index], v) for c, v in columns.items()}
             rows = Batch(**cut, horizon=horizon, units=units, clock=Clock(update, fraction))
@@ -163,8 +163,8 @@ class CompiledSteps:
             weights = None if advantage is None else advantage[index]
             totals = Totals.of(objective.valid_decisions(e.slots, rows, weights, memory))
             loss, info = objective.loss(e.method, e.update, rows, now, weights, totals, memory)
-            known = "logp" in now and "logp@old" in rows.stats
-            log_ratio = (now["logp"] - rows.stats["logp@old"]).detach() if known else None
+            known = ["logp"] if "logp" in now and "logp@old" in rows.stats else []  # a list: what is traced cannot be None
+            log_ratio = [(now[n] - rows.stats[f"{n}@old"]).detach() for n in known]
             return loss, ({"loss": loss.detach(), **info}, log_ratio)
 
         def steps(
@@ -181,8 +181,7 @@ class CompiledSteps:
                 flat, moving, report = e.update.rule.pure(flat, g, moving, rate)  # type: ignore[attr-defined]
                 for name, value in {**info, **report}.items():
                     sums[name] = sums[name] + value if name in sums else value
-                if log_ratio is not None:
-                    ratios.append(log_ratio)
+                ratios += log_ratio
             span.copy_(flat)
             for name, tensor in state.items():
                 tensor.copy_(moving[name])
