@@ -17,10 +17,11 @@ from polopt.loops.allot import Allotment
 from polopt.loops.build import make_collector, make_policy
 from polopt.loops.executor import Executor
 from polopt.loops.flat import FlatParameters
+from polopt.loops.inspect import inspect
 from polopt.loops.measures import Metrics, explained_variance, signal, to_floats
 from polopt.loops.plan import Compile, compile_plan
 from polopt.loops.rounds import Rounds
-from polopt.loops.supplies import open_supply
+from polopt.loops.supplies import discount_of, open_supply
 from polopt.loops.whole import Loop
 from polopt.method import Method, Update
 from polopt.part import Moment, call, union
@@ -245,6 +246,8 @@ class Improve(Loop):
     def measure(self) -> dict[str, float]:
         """Score on held-out seeds or prompts; parts may remember the outcome."""
         found = self.collector.evaluate(self.settings.evaluate.episodes)
+        if self.supply is not None:
+            found |= inspect(self.executors, self.policy, self.supply, discount_of(self.method))
         for slot, part in self.method.parts().items():
             if "evaluated" in part.moments:
                 entries = {k: torch.tensor(v) for k, v in found.items()}

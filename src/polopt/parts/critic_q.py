@@ -43,6 +43,10 @@ class QRegression(Part):
         """A critic of actions needs a target."""
         return None if method.slots(update).target is not None else "needs a target to regress to (target='soft', say)"
 
+    def value(self, batch: Batch, nets: Nets) -> Float[Tensor, " N"]:
+        """The value of each decision: the mean over members and atoms."""
+        return nets.values("critic", seen(batch), taken(batch)).mean((0, 2))
+
     def __call__(self, batch: Batch, nets: Nets, target: Float[Tensor, "B T"]) -> tuple[Float[Tensor, "B T"], dict[str, Tensor]]:
         """The loss of each decision; tells the mean value and the mean absolute TD error."""
         values = nets.values("critic", seen(batch), taken(batch)).squeeze(-1)  # [E,N]
@@ -133,6 +137,10 @@ class QOfActions(QRegression):
     def networks(self) -> tuple[Net, ...]:
         """The critics of this form."""
         return (Net("critic", "obs", "actions", self.members, self.hidden),)
+
+    def value(self, batch: Batch, nets: Nets) -> Float[Tensor, " N"]:
+        """The value of each decision: the mean over members."""
+        return nets.values("critic", seen(batch)).mean(0).gather(-1, taken(batch)[:, None]).squeeze(-1)
 
     def __call__(self, batch: Batch, nets: Nets, target: Float[Tensor, "B T"]) -> tuple[Float[Tensor, "B T"], dict[str, Tensor]]:
         """The loss of each decision; tells the mean value and the mean absolute TD error."""

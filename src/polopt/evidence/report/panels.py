@@ -72,6 +72,27 @@ PANELS: tuple[Panel, ...] = (
         (("ratio_q01", "1% quantile"), ("ratio_q50", "median"), ("ratio_q99", "99% quantile")), kind="band", scale="auto",
         codes=frozenset({"ratio-tail"}),
     ),
+    Panel(
+        "q_return", "signal", "Values against returns",
+        "What the critic expects at decisions that were taken, less the discounted return that followed. Near zero is good; a "
+        "gap that grows is overestimation. Soft critics also count the entropy to come.",
+        (("eval_q_return_gap", "value - return"),), kind="points",
+    ),
+    Panel(
+        "td_error", "signal", "TD errors",
+        "Values less their targets on transitions drawn from what is kept: the band holds 90% of them, the line is the median. It "
+        "should lie around zero and not widen.",
+        (("eval_td_error_q05", "5% quantile"), ("eval_td_error_q50", "median"), ("eval_td_error_q95", "95% quantile")), kind="band",
+    ),
+    Panel(
+        "dormant", "signal", "Dormant units",
+        "Share of hidden units that hardly act. A rise over the run means that the network loses its capacity to learn.",
+        (("eval_dormant_policy", "policy"), ("eval_dormant_critic", "critic")), kind="points",
+    ),
+    _one("temperature", "move", "Temperature",
+         "What entropy is worth against reward. It falls while the policy is more random than its target entropy and rises below "
+         "it; a climb without end means that the target cannot be reached.", scale="auto"),
+    _one("q", "signal", "Mean value", "What the critic expects on average where it is trained. Growth without end is divergence."),
     _one("dead_groups", "signal", "Groups without signal",
          "Share of groups whose rewards were all equal: they teach nothing. High at the start: too hard. High at the end: solved.",
          codes=frozenset({"dead-groups", "too-easy"})),
