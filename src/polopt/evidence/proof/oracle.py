@@ -22,12 +22,14 @@ from polopt.method import Method, Update, default_rule
 from polopt.parts.advantage.gae import GAE, NStep
 from polopt.parts.advantage.group import GroupBaseline
 from polopt.parts.advantage.monte_carlo import MonteCarlo
+from polopt.parts.advantage.optimal_value import OptimalAdvantage
 from polopt.parts.aggregate import SeqMeanTokenMean, SeqMeanTokenSum, SeqMeanTokenSumNorm, TokenMean
 from polopt.parts.penalty.entropy import EntropyBonus
 from polopt.parts.penalty.kl import KLToReference
 from polopt.parts.reward.kl import KLInReward
 from polopt.parts.source import Fresh
 from polopt.parts.surrogate.clip import SequenceClip
+from polopt.parts.surrogate.regression import AdvantageRegression, RelativeRegression
 from polopt.policies import exact
 from polopt.policies.table import TablePolicy
 from polopt.stats import NOW, split
@@ -59,12 +61,14 @@ def oracle(method: Method) -> OracleResult | None:
     """Hold the expected gradient of a method's loss against the truth; None where no truth is known for its parts.
 
     Covered: returns-to-go with any baseline, GAE and n-step returns with exact values (undiscounted, not standardised), baselines
-    and scales within groups; rewards that are a function of a decision's prefix; penalties on a bandit.
+    and scales within groups, regressions on advantages and on pairs; rewards that are a function of a decision's prefix; penalties
+    on a bandit.
     """
     update = next((u for u in method.updates if "surrogate" in u.terms), None)
     if update is None or method.decoder is not None or not isinstance(method.source, Fresh):
         return None
-    found = [c for c in (surrogate_check(method, update), *penalty_checks(method, update)) if c is not None]
+    first = regression_check(method, update) or surrogate_check(method, update)
+    found = [c for c in (first, *penalty_checks(method, update)) if c is not None]
     if not found or not found[0][0].startswith("surrogate"):
         return None
     return OracleResult(
@@ -162,6 +166,37 @@ def surrogate_check(method: Method, update: Update) -> tuple[str, float] | None:
     if isinstance(slots.surrogate, SequenceClip) or not isinstance(slots.advantage, MonteCarlo | GAE | NStep):
         return None
     return _row_check(alone)
+
+
+def regression_check(method: Method, update: Update) -> tuple[str, float] | None:
+    """Regressions on log-ratios of answers: their expected gradient is a known multiple of a policy gradient.
+
+    Of the reward less beta log(pi/pi_ref), times 2 beta, for a regression on advantages, wherever the policy is; times 4/eta at the
+    policy that drew, for one on relative rewards of pairs.
+    """
+    slots = method.slots(update)
+    surrogate, advantage = slots.surrogate, slots.advantage
+    if slots.select or slots.weight or not isinstance(slots.aggregate, SeqMeanTokenSum):
+        return None
+    world = small_world(eos=True, horizon=2, symbols=3)
+    policy = moved_policy(world)
+    reward = reward_table(method, policy)
+    alone = surrogate_alone(method, update)
+    if reward is None:
+        return None
+    if isinstance(surrogate, AdvantageRegression) and isinstance(advantage, OptimalAdvantage):
+        with torch.no_grad():
+            reward = reward - surrogate.beta * (policy.table().log_softmax(-1) - policy.reference.log_softmax(-1))
+        found = expected_gradient(alone, policy, exact.enumerate_answers(world, policy), 1)
+        truth = {k: -2 * surrogate.beta * g for k, g in exact.gradient(policy, reward).items()}
+        return "surrogate against 2 beta times the regularised policy gradient, all answers of a tree", deviation(found, truth)
+    plain = isinstance(advantage, GroupBaseline) and advantage.scale == "none" and advantage.centre in ("group", "none")
+    if isinstance(surrogate, RelativeRegression) and plain:
+        found = expected_gradient(alone, policy, exact.all_groups(world, policy, 2), 2)
+        slope = 4 / surrogate.eta if surrogate.form == "paper" else 4 * surrogate.eta
+        truth = {k: -slope * g for k, g in exact.gradient(policy, true_reward(method, policy, reward)).items()}
+        return f"surrogate against {slope:g} times the policy gradient, all pairs of answers of a tree", deviation(found, truth)
+    return None
 
 
 def surrogate_alone(method: Method, update: Update) -> Method:
