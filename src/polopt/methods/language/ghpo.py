@@ -31,8 +31,8 @@ GHPO = register(
         claim="About 5 % more on average over six mathematics benchmarks than GRPO and curricula, and steadier training.",
         floor=Floor("text:spell_backward", "12-updates", 0.5, settings={"evaluate.points": 2, "evaluate.episodes": 128}),
         miniature=Miniature(
-            "text:chain", "300k-tokens", "Learns faster than GRPO without its KL penalty at equal tokens read and written.",
-            reduce="auc", settings={"options.min_terms": 5}, own={"sampler.connector": ""}, other={"penalty.coef": 0.0},
+            "text:spell", "120k-tokens", "Without hints solves more than GRPO without its KL penalty at equal tokens read and written.",
+            own={"sampler.connector": ""}, other={"penalty": "none"},
         ),
         neutral={"penalty.kl-ref": Neutral(parent={"coef": 0.0})},
     )
