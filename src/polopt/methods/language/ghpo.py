@@ -31,7 +31,7 @@ GHPO = register(
         claim="About 5 % more on average over six mathematics benchmarks than GRPO and curricula, and steadier training.",
         floor=Floor("text:spell_backward", "12-updates", 0.5, settings={"evaluate.points": 2, "evaluate.episodes": 128}),
         miniature=Miniature(
-            "text:spell", "120k-tokens", "Without hints solves more than GRPO without its KL penalty at equal tokens read and written.",
+            "text:spell", "120k-tokens", "Solves more without hints than GRPO without its KL penalty, at equal tokens.",
             own={"sampler.connector": ""}, other={"penalty": "none"},
         ),
         neutral={"penalty.kl-ref": Neutral(parent={"coef": 0.0})},
