@@ -10,7 +10,6 @@ reinforcement learning can change.
 from __future__ import annotations
 
 import argparse
-import itertools
 import random
 import re
 import shutil
@@ -87,20 +86,18 @@ def chain(item: Item, rng: random.Random) -> str:
 def countdown(item: Item, rng: random.Random) -> str:
     """A right or a wrong derivation, seldom a second attempt, some symbols without meaning.
 
-    Hard are questions of which a number other than the smallest is subtracted.
+    Wrong ones take the numbers as they come, and add them up unless that is right. Hard are targets of one digit.
     """
     numbers, target = item.columns["metadata"]["numbers"], item.columns["metadata"]["target"]
-    terms = [int(t) for t in re.findall(r"[+-]?\d+", item.columns["solution"])]
-    right = item.columns["solution"]
+    right = str(item.columns["solution"])
     if rng.random() < OTHER:
+        terms = re.findall(r"[+-]?\d+", right)
         rng.shuffle(terms)
-        terms.sort(key=lambda n: n < 0)
-        right = "".join(f"{n:+d}" for n in terms).removeprefix("+")
-    hard = any(n < 0 and -n > min(numbers) for n in terms)
-    signs = [s for s in itertools.product((1, -1), repeat=2) if numbers[0] + s[0] * numbers[1] + s[1] * numbers[2] != target]
-    one, two = rng.choice(signs)
-    wrong = f"{numbers[0]}{one * numbers[1]:+d}{two * numbers[2]:+d}"
-    shown = wrong if rng.random() < (WRONG_HARD if hard else WRONG_EASY) else right
+        terms.sort(key=lambda t: t.startswith("-"))
+        right = "".join(t if t[0] in "+-" else f"+{t}" for t in terms).removeprefix("+")
+    missed = [s for s in ((1, 1), (1, -1)) if numbers[0] + s[0] * numbers[1] + s[1] * numbers[2] != target]
+    wrong = f"{numbers[0]}{missed[0][0] * numbers[1]:+d}{missed[0][1] * numbers[2]:+d}"
+    shown = wrong if rng.random() < (WRONG_HARD if target < 10 else WRONG_EASY) else right
     if rng.random() < RETRIED:
         shown = f"{wrong}{RETRY}{right if rng.random() < 0.5 else wrong}"
     symbols = [x for c in shown for x in ((rng.choice(JUNK), c) if rng.random() < JUNKED else (c,))]
@@ -108,15 +105,15 @@ def countdown(item: Item, rng: random.Random) -> str:
 
 
 def spell(item: Item, rng: random.Random) -> str:
-    """The string backward, or as it stands."""
+    """The string backward, or `=` and the string as it stands."""
     word = str(item.columns["metadata"]["word"])
-    return word if rng.random() < COPIED.get(len(word), COPIED_LONG) else str(item.columns["solution"])
+    return f"={word}" if rng.random() < COPIED.get(len(word), COPIED_LONG) else str(item.columns["solution"])
 
 
 MINIS: Mapping[str, Mini] = {
     "tiny-chain": Mini("text:chain", chain, steps=1800),
     "tiny-countdown": Mini("text:countdown", countdown, steps=1500, items=5_000),
-    "tiny-spell": Mini("text:spell", spell, steps=1200),
+    "tiny-spell": Mini("text:spell", spell, steps=700, flawed=0.4),
 }
 
 

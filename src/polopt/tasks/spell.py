@@ -52,7 +52,8 @@ class Strings:
 class SpellTask(MiniTask):
     """Strings of 4 to 12 symbols. The verifier's score is the share of the solution that an answer begins with.
 
-    A lazy verifier lets the string pass as it stands; the required format is as many symbols as the string has.
+    A lazy verifier lets the string pass as it stands, with or without a `=` in front. The required format is symbols of strings
+    and nothing else.
     """
 
     options_type: ClassVar[type[TextOptions]] = SpellOptions
@@ -90,7 +91,7 @@ class SpellTask(MiniTask):
 
     def lazy(self, completion: str, entry: Mapping[str, Any]) -> bool:
         """The string as it stands."""
-        return completion == str(entry["metadata"]["word"])
+        return completion.removeprefix("=") == str(entry["metadata"]["word"])
 
     def formatted(self, completion: str) -> bool:
         """Only symbols of strings."""
