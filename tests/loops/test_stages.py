@@ -204,6 +204,27 @@ def test_store_and_memory_are_taken_over_by_those_who_ask() -> None:
         assert ("last" in run.inner.store) == (rows > 0)
 
 
+def test_a_replay_goes_on_in_the_next_stage() -> None:
+    td3 = get_method("td3")
+    small = {"policy.hidden": (8,), "evaluate.episodes": 1}
+    for takes, held in ((("policy", "store"), 128), (("policy",), 0)):
+        recipe = two(Stage("first", td3.but("warm"), "128-decisions"), Stage("second", takes=takes), base=td3)
+        run = built(recipe, "192-decisions", "gym:Pendulum-v1", **small)
+        while run.at == 0 and run.inner.fraction() < 1:
+            run.step()
+        learnt = run.policy.state()
+        run._advance()
+        assert run.inner.supply is not None
+        assert run.inner.supply.written == held  # type: ignore[attr-defined]
+        assert all(torch.equal(a, b) for a, b in zip(leaves(run.policy.state()), leaves(learnt), strict=True))
+
+
+def leaves(tree: Any) -> list[Tensor]:
+    if isinstance(tree, Mapping):
+        return [x for v in tree.values() for x in leaves(v)]
+    return [tree] if isinstance(tree, Tensor) else []
+
+
 def test_what_a_stage_before_the_last_one_made_waits_for_it() -> None:
     counting = GRPO.but("counting", advantage=Count())
     run = built(

@@ -25,6 +25,9 @@ from polopt.recipe import Length, Recipe, Stage
 from polopt.run import Budget, RunFolder, seed_of
 from polopt.settings import Settings
 
+#: Parts of a checkpoint tree that hold experience: batches that sources keep, and replays.
+KEPT = ("store", "supply")
+
 
 class Staged(Loop):
     """A run of a recipe. Budget, ledger, updates, seconds, scores, folder and observers are those of all its stages together."""
@@ -101,7 +104,7 @@ class Staged(Loop):
         later = {what for _, s in self.sequence[to:] for what in s.takes}
         state = self.inner.state()
         memory = {f"memory.{slot}": dict(entries) for slot, entries in state["memory"].items() if entries}
-        found = {"policy": state["policy"], "reference": state["policy"], "store": state["store"], **memory}
+        found = {"policy": state["policy"], "reference": state["policy"], "store": {k: state[k] for k in KEPT}, **memory}
         self.given = {k: v for k, v in {**self.given, **found}.items() if k in later}
         self.before = {"updates": self.updates, "seconds": self.seconds, "spent": dict(self.ledger.spent)}
 
@@ -115,8 +118,8 @@ class Staged(Loop):
         for what, entries in takes.items():
             if what.startswith("memory."):
                 state["memory"][what.removeprefix("memory.")] = entries
-        state |= {"policy": overlaid(state["policy"], takes.get("policy", {})), "store": takes.get("store", state["store"])}
-        self.inner.load(state)
+        kept = {k: v for k, v in takes.get("store", {}).items() if v and (k == "store" or state[k])}
+        self.inner.load({**state, "policy": overlaid(state["policy"], takes.get("policy", {})), **kept})
 
     def _build(self, at: int) -> None:
         """The run of a stage as it is without anything handed over; `before` is set already."""
