@@ -21,6 +21,8 @@ if TYPE_CHECKING:
         diff,
         evaluate,
         explain,
+        export,
+        film,
         gather_evidence,
         load,
         method,
@@ -39,7 +41,9 @@ if TYPE_CHECKING:
 
 #: public name -> module that defines it
 _HOME = {
-    **dict.fromkeys(("compare", "diff", "evaluate", "explain", "load", "method", "methods", "resume", "train"), "polopt.api"),
+    **dict.fromkeys(
+        ("compare", "diff", "evaluate", "explain", "export", "film", "load", "method", "methods", "resume", "train"), "polopt.api"
+    ),
     **dict.fromkeys(("certify", "check_evidence", "gather_evidence"), "polopt.api"),
     "Batch": "polopt.batch",
     **dict.fromkeys(("CallError", "PoloptError"), "polopt.errors"),
@@ -51,7 +55,7 @@ _HOME = {
 
 __all__ = [
     "Batch", "CallError", "Method", "Part", "PoloptError", "Range", "Recipe", "Stage", "Update", "__version__", "certify",
-    "check_evidence", "compare", "diff", "evaluate", "explain", "gather_evidence", "load", "method", "methods", "register",
+    "check_evidence", "compare", "diff", "evaluate", "explain", "export", "film", "gather_evidence", "load", "method", "methods", "register",
     "register_part", "resume", "train",
 ]  # fmt: skip
 

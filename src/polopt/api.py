@@ -255,6 +255,21 @@ def evaluate(
         collector.close()
 
 
+def export(run: str | Path, path: str | Path, which: Which = "best") -> Path:
+    """Write a run's greedy policy, normalisers included, as ONNX: "obs" [n,D] to "action". Raises `CallError` if it cannot be."""
+    from polopt.integrations.onnx import to_onnx
+
+    return to_onnx(load(run, which), path)
+
+
+def film(run: str | Path, path: str | Path, which: Which = "best", *, greedy: bool = True) -> float:
+    """Write a video (.mp4 or .gif) of one evaluation episode of a run's policy; returns the episode's return."""
+    from polopt.integrations.video import record
+    from polopt.loops.drive import read_run
+
+    return record(load(run, which), read_run(RunFolder.open(run)).task, path, greedy=greedy)
+
+
 def _which(which: str) -> str:
     if which not in ("best", "last"):
         raise CallError(f"checkpoint '{which}': expected best or last")
@@ -262,6 +277,6 @@ def _which(which: str) -> str:
 
 
 __all__ = [
-    "certify", "check_evidence", "compare", "diff", "evaluate", "explain", "gather_evidence", "launch", "load", "method", "methods",
+    "certify", "check_evidence", "compare", "diff", "evaluate", "explain", "export", "film", "gather_evidence", "launch", "load", "method", "methods",
     "resume", "train",
 ]  # fmt: skip

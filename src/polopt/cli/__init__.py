@@ -19,6 +19,7 @@ COMMANDS = {
     "compare": ("polopt.cli.compare", "compare", "compare methods on a task at equal budget, with intervals"),
     "certify": ("polopt.cli.certify", "certify", "check a method: identities, theory, golden trajectory, resume, learning floor"),
     "evidence": ("polopt.cli.evidence", "evidence", "run a method's miniature experiment, store the result, check it"),
+    "export": ("polopt.cli.train", "export", "write a run's policy as ONNX"),
     "report": ("polopt.cli.show", "report", "write a self-contained HTML page about a run"),
     "explain": ("polopt.cli.show", "explain", "a method in words: chain, equations, settings, papers"),
     "diff": ("polopt.cli.show", "diff", "every setting in which two methods differ, and the proof that nothing else does"),
@@ -70,6 +71,11 @@ def build_parser() -> Parser:
     sub.add_argument("--checkpoint", choices=("best", "last"), default="best")
     sub.add_argument("--sample", action="store_true", help="draw actions instead of taking the most likely ones")
     sub.add_argument("--device")
+    sub.add_argument("--video", metavar="FILE", help="also write a video (.mp4, .gif) of one episode (control)")
+    sub = subs["export"]
+    sub.add_argument("run", metavar="RUN", help="a run's folder")
+    sub.add_argument("file", metavar="FILE.onnx", help="what to write: raw observations in, the environment's actions out")
+    sub.add_argument("--checkpoint", choices=("best", "last"), default="best")
     sub = subs["report"]
     sub.add_argument("run", metavar="RUN", help="a run's folder")
     subs["explain"].add_argument("method", metavar="METHOD", help="a name, or file.py:NAME")

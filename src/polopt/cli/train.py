@@ -87,6 +87,17 @@ def evaluate(args: argparse.Namespace) -> int:
     greedy = False if args.sample else None
     found = api.evaluate(args.run, args.episodes, args.checkpoint, greedy=greedy, device=args.device)
     print(json.dumps({k: round(v, 6) for k, v in found.items()}))
+    if args.video is not None:
+        total = api.film(args.run, args.video, args.checkpoint, greedy=not args.sample)
+        print(f"{args.video}: one episode, return {total:,.4g}")
+    return 0
+
+
+def export(args: argparse.Namespace) -> int:
+    """`polopt export RUN FILE.onnx`."""
+    from polopt import api
+
+    print(api.export(args.run, args.file, args.checkpoint))
     return 0
 
 
