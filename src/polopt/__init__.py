@@ -55,8 +55,8 @@ _HOME = {
 
 __all__ = [
     "Batch", "CallError", "Method", "Part", "PoloptError", "Range", "Recipe", "Stage", "Update", "__version__", "certify",
-    "check_evidence", "compare", "diff", "evaluate", "explain", "export", "film", "gather_evidence", "load", "method", "methods", "register",
-    "register_part", "resume", "train",
+    "check_evidence", "compare", "diff", "evaluate", "explain", "export", "film", "gather_evidence", "load", "method",
+    "methods", "register", "register_part", "resume", "train",
 ]  # fmt: skip
 
 

@@ -277,6 +277,6 @@ def _which(which: str) -> str:
 
 
 __all__ = [
-    "certify", "check_evidence", "compare", "diff", "evaluate", "explain", "export", "film", "gather_evidence", "launch", "load", "method", "methods",
-    "resume", "train",
+    "certify", "check_evidence", "compare", "diff", "evaluate", "explain", "export", "film", "gather_evidence", "launch",
+    "load", "method", "methods", "resume", "train",
 ]  # fmt: skip

@@ -36,7 +36,8 @@ class Greedy(nn.Module):
         output = self.net(obs if self.moments is None else self.moments(obs))
         head: Any = self.head
         if isinstance(head, Enumerated) or (isinstance(head, Categorical) and head.single):
-            return output.argmax(-1) + self.start[0]
+            index: Tensor = output.argmax(-1) + self.start[0]
+            return index
         if isinstance(head, Categorical):
             parts = torch.split(output, list(head.action.counts), -1)
             return torch.stack([p.argmax(-1) for p in parts], -1) + self.start
@@ -46,7 +47,8 @@ class Greedy(nn.Module):
             unit = output.tanh()
         else:
             return torch.maximum(torch.minimum(output, self.high), self.low).view(-1, *head.action.shape)
-        return (self.low + (self.high - self.low) * (unit + 1) / 2).view(-1, *head.action.shape)
+        scaled: Tensor = self.low + (self.high - self.low) * (unit + 1) / 2
+        return scaled.view(-1, *head.action.shape)
 
 
 def to_onnx(policy: Any, path: Path | str) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,9 +67,11 @@ class Improve(Loop):
         self.supply = open_supply(method, self.policy, task, settings, self.streams, folder)
         self.rounds = Rounds(self.executors, self.policy) if self.supply is not None else None
         self.compile = compile_plan(method, task, settings, self.executors.values(), rounds=self.rounds is not None)
+        held: Any = self.supply
+        networks: Any = self.policy
         for slot, part in method.parts().items():
             if hasattr(part, "build"):
-                self.memory.built[slot] = part.build(self.supply.columns(), self.policy.standardised)  # type: ignore[union-attr]
+                self.memory.built[slot] = part.build(held.columns(), networks.standardised)
 
     def _refuse_shared_layers(self) -> None:
         """Raise `CallError` when a rule that bounds its own step shares parameters with another update."""

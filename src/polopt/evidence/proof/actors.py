@@ -38,7 +38,7 @@ def networks(method: Method) -> ActorCritic:
     with torch.no_grad():
         for _, slow in sorted(policy.slow.items()):  # slow copies differ from their nets, as in a run
             for p in slow.parameters():
-                p += 0.05 * torch.randn(p.shape, generator=rng, dtype=F64)
+                p.add_(torch.randn(p.shape, generator=rng, dtype=F64), alpha=0.05)
     return policy
 
 
@@ -67,7 +67,7 @@ def random_transitions(method: Method, count: int) -> Sequence[Batch]:
                 action=action,
                 row={"steps": torch.randint(1, 4, (ROWS,), generator=rng).to(F64)},
                 clock=Clock(k, k / count),
-            )  # fmt: skip
+            )
         )
     return found
 
@@ -79,7 +79,8 @@ def losses(method: Method, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         if hasattr(part, "build"):
             columns = {"obs": batch.obs.flatten(0, 1), "action": batch.action.flatten(0, 1)}
             memory.built[slot] = part.build(columns, policy.standardised)
-    total, gradients = torch.zeros((), dtype=F64), {}
+    total = torch.zeros((), dtype=F64)
+    gradients: dict[str, Tensor] = {}
     for update in method.updates:
         loss, info = method.loss(batch, memory, update=update.name, nets=policy, rng=torch.Generator().manual_seed(1))
         batch = batch.adding({k: v for k, v in info.items() if k.endswith("@drawn")})
