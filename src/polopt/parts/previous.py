@@ -31,6 +31,7 @@ class Previous(Part):
     window: Annotated[int, Range(ge=1), "K, iterations that the mean outcome is compared with"] = 8
     form: Annotated[Literal["paper", "code"], "which deviation, and what where it is 0"] = "paper"
     equation: ClassVar[str] = "xi_t = (mu_t - mean(mu_{t-K} .. mu_{t-1})) / std(mu_{t-K} .. mu_{t-1})"
+    host: ClassVar[bool] = True
     moments: ClassVar[frozenset[Moment]] = frozenset({"drawn"})
 
     @property
