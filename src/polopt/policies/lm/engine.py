@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from polopt.policies.lm.model import Backbone
-from polopt.policies.lm.prompts import positions
+from polopt.policies.lm.prompts import buckets, positions
+
+Lengths = Sequence[int] | None
 
 
 class Decoding(Protocol):
@@ -30,9 +34,12 @@ class Engine(Protocol):
     name: str
 
     def hidden(
-        self, prompt: Int[Tensor, "B P"], prompt_mask: Bool[Tensor, "B P"], action: Int[Tensor, "B T"]
+        self, prompt: Int[Tensor, "B P"], prompt_mask: Bool[Tensor, "B P"], action: Int[Tensor, "B T"], lengths: Lengths = None
     ) -> Float[Tensor, "B T H"]:
-        """The hidden state from which each completion token is predicted (gradients as torch is set)."""
+        """The hidden state from which each completion token is predicted (gradients as torch is set).
+
+        lengths: what of each completion is asked for; behind it anything finite may stand. None: all.
+        """
         ...
 
     def open(
@@ -51,9 +58,23 @@ class GeneralEngine:
         self.backbone = backbone
 
     def hidden(
+        self, prompt: Int[Tensor, "B P"], prompt_mask: Bool[Tensor, "B P"], action: Int[Tensor, "B T"], lengths: Lengths = None
+    ) -> Float[Tensor, "B T H"]:
+        """One forward over prompt and completion for rows of similar length; only completion positions leave it."""
+        if lengths is None:
+            return self._hidden(prompt, prompt_mask, action)
+        known, width = prompt_mask.sum(1), prompt.shape[1]
+        total = [k + n for k, n in zip(known.tolist(), lengths, strict=True)]
+
+        def some(rows: list[int]) -> Tensor:
+            skip, used = width - int(known[rows].max()), max(1, max(lengths[i] for i in rows))
+            return self._hidden(prompt[rows, skip:], prompt_mask[rows, skip:], action[rows, :used])
+
+        return by_bucket(buckets(total), some, action.shape[1])
+
+    def _hidden(
         self, prompt: Int[Tensor, "B P"], prompt_mask: Bool[Tensor, "B P"], action: Int[Tensor, "B T"]
     ) -> Float[Tensor, "B T H"]:
-        """One forward over prompt and completion; only completion positions leave it."""
         rest = action[:, :-1]  # the last token predicts nothing that is asked for
         ids = torch.cat([prompt, rest], 1)
         mask = torch.cat([prompt_mask, torch.ones_like(rest, dtype=torch.bool)], 1)
@@ -93,6 +114,18 @@ class _GeneralDecoding:
         self.mask, self.position = self.mask[rows], self.position[rows]
 
 
+def by_bucket(
+    groups: list[list[int]], compute: Callable[[list[int]], Float[Tensor, "n t H"]], length: int
+) -> Float[Tensor, "B T H"]:
+    """What `compute` gives for each group of rows, right-padded with 0 to `length`, in the order of all rows."""
+    found = [compute(rows) for rows in groups]
+    padded = [x if x.shape[1] == length else F.pad(x, (0, 0, 0, length - x.shape[1])) for x in found]
+    if len(groups) == 1:
+        return padded[0]
+    back = torch.tensor([i for rows in groups for i in rows]).argsort()
+    return torch.cat(padded)[back.to(padded[0].device)]
+
+
 class ExactEngine:
     """One code path and one shape: every row alone, unpadded, always of its prompt's length plus `horizon`, no cache.
 
@@ -114,7 +147,7 @@ class ExactEngine:
         return out.last_hidden_state[0, len(prompt) - 1 : -1]  # type: ignore[no-any-return]
 
     def hidden(
-        self, prompt: Int[Tensor, "B P"], prompt_mask: Bool[Tensor, "B P"], action: Int[Tensor, "B T"]
+        self, prompt: Int[Tensor, "B P"], prompt_mask: Bool[Tensor, "B P"], action: Int[Tensor, "B T"], lengths: Lengths = None
     ) -> Float[Tensor, "B T H"]:
         """Row by row."""
         t = action.shape[1]

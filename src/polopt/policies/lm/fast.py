@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from polopt.policies.lm.engine import Decoding
+from polopt.policies.lm.engine import Decoding, Lengths, by_bucket
 from polopt.policies.lm.model import Backbone
-from polopt.policies.lm.prompts import positions, shared
+from polopt.policies.lm.prompts import buckets, positions, shared
 
 #: Architectures whose layer is: norm, rotary attention, norm, gated SiLU; Qwen3 also normalises queries and keys.
 KNOWN = ("qwen2", "llama", "mistral", "qwen3")
@@ -60,13 +60,49 @@ class FastEngine:
 
     # ---------------------------------------------------------------- training
     def hidden(
-        self, prompt: Int[Tensor, "B P"], prompt_mask: Bool[Tensor, "B P"], action: Int[Tensor, "B T"]
+        self, prompt: Int[Tensor, "B P"], prompt_mask: Bool[Tensor, "B P"], action: Int[Tensor, "B T"], lengths: Lengths = None
     ) -> Float[Tensor, "B T H"]:
-        """Distinct prompts are computed once; completions attend to their prompt's keys and to themselves."""
+        """Distinct prompts are computed once; completions attend to their prompt's keys and to themselves.
+
+        Both in groups of similar length, so that little padding is computed.
+        """
         first, inverse = shared(prompt, prompt_mask)
-        prompt, known = prompt[first], prompt_mask[first]
-        read, keys, values = self._read(prompt, known)
-        start = read[:, -1][inverse][:, None]
+        read = self._prompts(prompt[first], prompt_mask[first])
+        known = prompt_mask[first]
+        if lengths is None:
+            return self._completions(known, inverse, *read, action)
+
+        def some(rows: list[int]) -> Tensor:
+            whole = len(rows) == len(inverse)
+            used = max(1, max(lengths[i] for i in rows))
+            return self._completions(
+                known, inverse if whole else inverse[rows], *read, (action if whole else action[rows])[:, :used]
+            )
+
+        return by_bucket(buckets([max(0, n - 1) for n in lengths]), some, action.shape[1])
+
+    def _prompts(self, prompt: Int[Tensor, "U P"], known: Bool[Tensor, "U P"]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Last output of each prompt [U,H], before the final norm, and keys and values [U,keys,P,D] of each layer."""
+        groups = buckets(known.sum(1).tolist())
+        if len(groups) == 1:
+            read, keys, values = self._read(prompt, known)
+            return read[:, -1], keys, values
+        width = prompt.shape[1]
+        back = torch.tensor([i for rows in groups for i in rows]).argsort().to(prompt.device)
+        last, parts = [], []
+        for rows in groups:
+            skip = width - int(known[rows].sum(1).max())
+            read, keys, values = self._read(prompt[rows, skip:], known[rows, skip:])
+            last.append(read[:, -1])
+            parts.append([F.pad(torch.stack(x), (0, 0, skip, 0)) for x in (keys, values)])
+        keys, values = (list(torch.cat(x, 1)[:, back].unbind(0)) for x in zip(*parts, strict=True))
+        return torch.cat(last)[back], keys, values
+
+    def _completions(
+        self, known: Bool[Tensor, "U P"], inverse: Int[Tensor, " B"], last: Float[Tensor, "U H"],
+        keys: list[Tensor], values: list[Tensor], action: Int[Tensor, "B T"],
+    ) -> Float[Tensor, "B T H"]:  # fmt: skip
+        start = last[inverse][:, None]
         if action.shape[1] == 1:
             return self._norm(self.backbone.decoder.norm, start)
         ids, length = action[:, :-1], action.shape[1] - 1
@@ -153,10 +189,10 @@ class FastEngine:
         self, prompt: Int[Tensor, "U P"], prompt_mask: Bool[Tensor, "U P"], spread: Int[Tensor, " N"], limit: int
     ) -> tuple[Decoding, Float[Tensor, "N H"]]:
         """Read each prompt once and copy its keys and values into the rows' static caches."""
-        read, keys, values = self._read(prompt, prompt_mask)
+        last, keys, values = self._prompts(prompt, prompt_mask)
         table = self._table(prompt.shape[1] + limit, prompt.device)
         decoding = _FastDecoding(self, table, prompt_mask, spread, keys, values, limit)
-        return decoding, self._norm(self.backbone.decoder.norm, read[:, -1])[spread]
+        return decoding, self._norm(self.backbone.decoder.norm, last)[spread]
 
 
 class _FastDecoding:

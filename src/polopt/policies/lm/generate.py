@@ -15,6 +15,8 @@ from polopt.policies.lm.sampling import Sampling, choose
 
 #: Draws are made for this many steps at a time, for all rows whether finished or not, so that they depend on row and step alone.
 BLOCK = 64
+#: Finished rows are dropped from the computation once they are one in so many.
+DROP = 8
 #: Batches up to this size are not compacted: a step costs the same.
 SMALL = 8
 
@@ -54,7 +56,7 @@ def generate(
 
     temperature: per row instead of `how`'s. forced: tokens that begin each row's completion, -1 where free. decoder: may
     change the logits [n,V] before they are truncated (`decoder(logits, step, rows)`). uniform: draws in [0,1) instead of
-    those of `rng`. Finished rows are dropped from the computation once half of the rows are done.
+    those of `rng`. Finished rows are dropped from the computation once an eighth of the rows are done.
     """
     n, longest = len(spread), int(limits.max())
     out = _Rows(n, longest, limits, ends, pad)
@@ -80,7 +82,7 @@ def generate(
             left = int(out.open.sum())
             if left == 0:
                 break
-            if 2 * left <= len(out.open) and len(out.open) > SMALL:
+            if DROP * (len(out.open) - left) >= len(out.open) and len(out.open) > SMALL:
                 here = out.open.nonzero().squeeze(1)
                 decoding.keep(here)
                 out.keep(here)

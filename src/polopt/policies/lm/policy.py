@@ -139,7 +139,8 @@ class LMPolicy:
         used, skip = int(columns[-1]) + 1, int(places[0])  # padding common to all rows is not computed
         prompt, known, action, mask = prompt[:, skip:], known[:, skip:], batch.action[:, :used], batch.mask[:, :used]
         with self._view(view) as (backbone, engine), self._precision():
-            hidden = engine.hidden(prompt, known, action)
+            ends = (mask * torch.arange(1, used + 1, device=mask.device)).amax(1).tolist()
+            hidden = engine.hidden(prompt, known, action, ends)
             out = self._values(hidden, batch.mask, want)
             if names := want - {"value", "value_next"}:
                 index = mask.reshape(-1).nonzero().squeeze(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
@@ -36,6 +37,33 @@ def shared(ids: Int[Tensor, "B P"], mask: Bool[Tensor, "B P"]) -> tuple[Int[Tens
         _, inverse = torch.unique(plain, dim=0, return_inverse=True)
         first = _first(inverse)
     return first, inverse
+
+
+#: Buckets are made until less than this share of what is computed is padding, or a further one would save too little.
+PADDING, LEAST = 0.06, 48
+
+
+def buckets(lengths: Sequence[int]) -> list[list[int]]:
+    """Rows in groups of similar length, so that padding each group to its longest row wastes little: row numbers, in order.
+
+    The group with most padding is cut where that saves most, again and again. One group: all rows as they are.
+    """
+    order = np.argsort(-np.asarray(lengths), kind="stable")
+    size = np.asarray(lengths)[order]
+    real = int(size.sum())
+    cuts = [(0, len(size))]
+    while True:
+        padded = [int(size[a]) * (b - a) for a, b in cuts]
+        if sum(padded) - real <= PADDING * sum(padded):
+            break
+        best = max(range(len(cuts)), key=lambda i: padded[i] - int(size[slice(*cuts[i])].sum()))
+        a, b = cuts[best]
+        saved = (size[a] - size[a:b]) * np.arange(b - a, 0, -1)
+        k = int(saved.argmax())
+        if saved[k] < LEAST:
+            break
+        cuts[best : best + 1] = [(a, a + k), (a + k, b)]
+    return [list(range(len(size)))] if len(cuts) == 1 else [order[a:b].tolist() for a, b in cuts]
 
 
 def _first(inverse: Int[Tensor, " B"]) -> Int[Tensor, " U"]:
