@@ -2,9 +2,9 @@
 
 All methods get the same batch, the same parameters before each update, and the same epochs and minibatches; PPO (control) and GRPO
 (text) are what the others are measured against. Penalties towards a reference are left out of all, as the pass for it would hide
-what else a method costs. A method that evaluates no more decisions per update than the baseline needs no extra pass; its time and
-memory may be at most a tenth above. Methods are found by what they are, not by name: those of the family that the task accepts and
-that learn from what was just sampled.
+what else a method costs. A method whose update multiplies no more matrices than the baseline's (counted, in operations) needs no
+extra pass through any network; its time and memory may be at most a tenth above. Methods are found by what they are, not by name:
+those of the family that the task accepts and that learn from what was just sampled.
 """
 
 import json
@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from polopt.batch import Batch, Clock
 from polopt.errors import CallError
@@ -51,7 +52,7 @@ class Contender:
         resolved = resolve(method, task, {"budget": "100000-updates", "threads": 1, **compiled, **own})
         self.run = Improve(resolved.method, resolved.task, resolved.settings)
         self.start = self.run.flat.data.clone()
-        self.passes = 0
+        self.work = 0
         self.times: list[float] = []
         self.peak = 0
 
@@ -65,18 +66,11 @@ class Contender:
         self.run.flat.data.copy_(self.start)
         return float(self.run.step()["seconds_update"])
 
-    def counted(self) -> int:
-        """Decisions that the policy evaluates in an update."""
-        policy, inner = self.run.policy, self.run.policy.evaluate
-
-        def counting(batch: Batch, *rest: Any, **more: Any) -> Any:
-            self.passes += batch.mask.numel()
-            return inner(batch, *rest, **more)
-
-        policy.evaluate = counting  # type: ignore[method-assign]
-        self.step()
-        policy.evaluate = inner  # type: ignore[method-assign]
-        return self.passes
+    def operations(self) -> int:
+        """Multiplications and additions of matrix products in an update, which must run eagerly."""
+        with FlopCounterMode(display=False) as counter:
+            self.step()
+        return int(counter.get_total_flops())
 
     def memory(self) -> int:
         """Most bytes of tensors that an update holds at once, beyond what was there before."""
@@ -104,7 +98,12 @@ def contenders(domain: str, mode: str) -> tuple[dict[str, Contender], dict[str, 
             one = Contender(method, task, settings, mode)
             batch = batch if found else first_batch(one.run)
             one.feed(batch)
-            one.counted()
+            if mode == "compiled" and one.run.compile.start is None:
+                left[method.name] = "its updates cannot be compiled"
+                continue
+            twin = one if mode == "eager" else Contender(method, task, settings, "eager")
+            twin.feed(batch)
+            one.work = twin.operations()
             found[method.name] = one
         except CallError as error:
             left[method.name] = str(error).splitlines()[0][:160]
@@ -135,11 +134,8 @@ def main() -> None:
             one.times.append(one.step())
     time_ = ratios(found, base, lambda c: c.times)
     memory = ratios(found, base, lambda c: [float(c.memory())]) if mode == "eager" else {}
-    passes = {n: c.passes / found[base].passes for n, c in found.items()}
-    rows = {
-        n: {"time": time_[n], "memory": memory.get(n), "passes": round(passes[n], 2), "extra pass": passes[n] > 1.001}
-        for n in found
-    }
+    work = {n: c.work / found[base].work for n, c in found.items()}
+    rows = {n: {"time": time_[n], "memory": memory.get(n), "work": round(work[n], 3), "extra pass": work[n] > 1.01} for n in found}
     bound = {n: max(r["time"], r["memory"] or 0) for n, r in rows.items() if not r["extra pass"]}
     worst = max(bound, key=lambda n: bound[n])
     print(
