@@ -49,6 +49,11 @@ BENCHMARKS: dict[str, dict[str, Any]] = {
     "updates-compiled": {"args": ["control", "compiled"], "contenders": ["updates"], "threads": 1, "higher": False},
     "updates-text": {"args": ["text", "eager"], "contenders": ["updates"], "threads": 1, "higher": False},
     "overhead": {"args": [], "contenders": ["overhead"], "threads": 1, "higher": False},
+    # 16 x 512 tokens, 50,000 symbols, a model of width 64, chunks of 671 tokens
+    "vocabulary": {
+        "args": ["16", "512", "50000", "64", str(1 << 25)], "contenders": ["vocabulary"], "threads": 1, "higher": False,
+    },
+    "padding": {"args": [], "contenders": ["padding"], "threads": 1, "higher": False},
     "replay": {"args": [], "contenders": ["replay"], "threads": 1, "higher": False},
 }
 
@@ -57,7 +62,7 @@ def run(contender: str, args: list[str], threads: int, peer_python: str) -> dict
     """One run of one contender (`worker` or `worker:first-argument`): the JSON object on its last line."""
     worker, _, first = contender.partition(":")
     args = [first, *args] if first else args
-    ours = worker.endswith("polopt") or worker in ("linear", "long", "overhead", "replay", "updates")
+    ours = worker.endswith("polopt") or worker in ("linear", "vocabulary", "padding", "long", "overhead", "replay", "updates")
     env = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     python = sys.executable if ours else peer_python
     done = subprocess.run(
