@@ -54,7 +54,7 @@ def _control(method: Method) -> Small:
     }  # fmt: skip
     if hasattr(method.source, "rounds"):  # a dataset
         return Small("dataset:line", {**settings, "source.rounds": 4})
-    settings |= {"collect.envs": 1, "collect.steps": 4, "source.start": 16, "source.size": 1000}
+    settings |= {"collect.envs": 1, "collect.steps": 4, "source.start": 0, "source.size": 1000}
     if getattr(method.critic, "hidden", None) is not None:
         settings["critic.hidden"] = (16, 16)
     return Small("gym:CartPole-v1" if Can.ENUMERATE in method.requires() else "gym:Pendulum-v1", settings)
@@ -62,8 +62,8 @@ def _control(method: Method) -> Small:
 
 def _flow(method: Method) -> Small:
     settings: dict[str, Any] = {
-        "seed": 0, "threads": 1, "policy.hidden": (16,), "policy.flow_steps": 4, "collect.envs": 4, "collect.steps": 8,
-        "evaluate.episodes": 2, "evaluate.every": 0, "minibatch": 16,
+        "seed": 0, "threads": 1, "policy.hidden": (16,), "policy.flow_steps": 4, "collect.envs": 4, "collect.steps": 4,
+        "evaluate.episodes": 2, "evaluate.every": 0, "minibatch": 8,
     }  # fmt: skip
     if hasattr(method.update().rule, "lr"):
         settings["rule.lr"] = 0.01  # ratios must come to where a surrogate bounds them

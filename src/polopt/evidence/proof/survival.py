@@ -98,8 +98,8 @@ def _compare(whole: RunFolder, broken: RunFolder) -> Survival:
                 False, f"{differing[0]} after update {a.get('update')} is {b.get(differing[0])}, was {a.get(differing[0])}"
             )
     states = [f.load_checkpoint("last") for f in (whole, broken)]
-    for entry in ("policy", "updates", "memory", "streams", "collector"):
-        if place := difference(states[0][entry], states[1][entry], entry):
+    for entry in ("policy", "updates", "memory", "supply", "rounds", "streams", "collector"):
+        if place := difference(states[0].get(entry), states[1].get(entry), entry):
             return Survival(False, f"{place} at the end differs from the undisturbed run")
     return Survival(True)
 
@@ -120,6 +120,10 @@ def difference(a: State | Any, b: State | Any, path: str) -> str:
         return "" if same else path
     if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
         return "" if np.array_equal(a, b) else path
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        if len(a) != len(b):
+            return path
+        return next((d for k, (x, y) in enumerate(zip(a, b, strict=True)) if (d := difference(x, y, f"{path}.{k}"))), "")
     return "" if a == b or (a != a and b != b) else path
 
 
