@@ -31,10 +31,16 @@ class Miniature:
     expect: Expect = "higher"
     margin: float = 0.0
     seeds: int = 5
+    first: int = 0  # the first seed: an experiment that was designed by looking at runs is judged on others
     points: int = 10  # evaluations, spread evenly over the budget
     settings: Mapping[str, Any] = field(default_factory=dict)
     own: Mapping[str, Any] = field(default_factory=dict)
     other: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def runs(self) -> tuple[int, ...]:
+        """The seeds."""
+        return tuple(range(self.first, self.first + self.seeds))
 
 
 @dataclass(frozen=True)

@@ -152,7 +152,7 @@ class Evidence:
         if self.again:
             self.renew(folder, labels.values())
         compared = compare(
-            {labels[a.name]: (a.method, a.settings) for a in sides}, m.task, budget=m.budget, seeds=m.seeds, out=folder,
+            {labels[a.name]: (a.method, a.settings) for a in sides}, m.task, budget=m.budget, seeds=m.runs, out=folder,
             jobs=self.jobs, metric=m.metric, points=m.points, page=False, quiet=self.quiet, source=f"miniature of {method.name}",
         )  # fmt: skip
         runs = {a.name: list(compared.comparison.of(labels[a.name]).values()) for a in sides}
@@ -190,7 +190,7 @@ class Evidence:
             "format": 1, "method": method.name, "card": method.card, "title": method.title, "paper": method.paper,
             "claim": method.claim, "tested": m.claim, **shown, "task": m.task, "budget": m.budget, "points": m.points,
             "metric": m.metric, "reduce": m.reduce, "expect": m.expect, "margin": m.margin, "baseline": baseline_name(method),
-            "settings": dict(m.settings), "own": dict(m.own), "other": dict(m.other), "seeds": list(range(m.seeds)),
+            "settings": dict(m.settings), "own": dict(m.own), "other": dict(m.other), "seeds": list(m.runs),
             "difference": weighed["difference"], "pairs": weighed["pairs"], "arms": weighed["arms"],
             "core_seconds": round(sum(_seconds(r) for r in runs), 1),
             "commit": commits[-1] if commits else None, "commits": sorted(set(commits)),

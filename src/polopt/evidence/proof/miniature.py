@@ -75,7 +75,7 @@ def arms(method: Method, given: str | None = None) -> list[Arm]:
 def resolved(arm: Arm, m: Miniature) -> Resolved:
     """An arm as the comparison runs it, with every value filled in."""
     entry = Entry(arm.name, arm.method, arm.settings)
-    asked = Asked((entry,), m.task, tuple(range(m.seeds)), Budget.parse(m.budget), points=m.points)
+    asked = Asked((entry,), m.task, m.runs, Budget.parse(m.budget), points=m.points)
     found = arm_of(asked, entry).resolved
     assert found is not None
     return found
