@@ -71,7 +71,8 @@ def test_nothing_outside_the_mask_reaches_a_gradient(name: str, bad: float) -> N
     found = []
     for fill in (0.0, bad):
         x = {k: torch.where(MASK, v, fill).requires_grad_() for k, v in tensors().items()}
-        batch = batch_of(x, reward=torch.where(MASK, tensors(1)["logp"], fill))
+        # outcomes within 0 and 1: some parts refuse others
+        batch = batch_of(x, reward=torch.where(MASK, tensors(1)["logp"].sigmoid() / 4, fill))
         advantage = torch.where(MASK, tensors(2)["logp"], fill)
         leaves = [x["logp"], x["value"], x["entropy"]]
         found.append(gradients(method, batch, leaves))

@@ -16,6 +16,7 @@ from polopt.draws import Draws
 from polopt.errors import CallError, MissingStatistic
 from polopt.memory import Memory
 from polopt.part import Part, ask, call
+from polopt.pooling import not_half, widened
 
 if TYPE_CHECKING:
     from polopt.interfaces import Nets
@@ -132,13 +133,16 @@ def checked(kind: str, part: Part, out: Any, batch: Batch, *forms: str) -> Tenso
 
 
 def isolated(batch: Batch, now: Mapping[str, Tensor]) -> tuple[Batch, Now]:
-    """Only `now` carries gradient, and what is outside the mask, perhaps NaN, is 0: 0 times NaN would spoil every gradient."""
+    """Only `now` carries gradient, and what is outside the mask, perhaps NaN, is 0: 0 times NaN would spoil every gradient.
+
+    Half precision becomes float32.
+    """
     outside = ~batch.mask
 
     def clean(x: Tensor) -> Tensor:
         if not x.is_floating_point() or x.shape[:2] != outside.shape:
             return x  # a wrong shape is refused, by its name, by the part that reads it
-        return x.masked_fill(outside.view(*outside.shape, *[1] * (x.dim() - 2)), 0.0)
+        return widened(x).masked_fill(outside.view(*outside.shape, *[1] * (x.dim() - 2)), 0.0)
 
     stats = {k: clean(v if k.endswith("@now") else v.detach()) for k, v in batch.stats.items()}
     reward = None if batch.reward is None else batch.reward.detach()
@@ -237,14 +241,14 @@ def diagnose(
     n = totals.decisions.clamp(min=1)
 
     def mean(x: Tensor) -> Tensor:
-        return torch.where(valid, x, torch.zeros_like(x)).sum() / n
+        return torch.where(valid, not_half(x), 0.0).sum() / n
 
     out: Diagnostics = {}
     if "entropy" in now:
         out["entropy"] = mean(now["entropy"])
     for view, sign in (("old", -1.0), ("ref", 1.0)):
         if "logp" in now and f"logp@{view}" in batch.stats:
-            d = sign * (batch.stats[f"logp@{view}"] - now["logp"])
+            d = (sign * (not_half(batch.stats[f"logp@{view}"]) - not_half(now["logp"]))).clamp(-20, 20)
             out[f"kl_{view}"] = mean(d.exp() - 1 - d)
     if "logp" in now and "logp@behaviour" in batch.stats and "logp@old" in batch.stats:
         out["sampler_gap"] = mean((batch.stats["logp@old"] - batch.stats["logp@behaviour"]).abs())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,30 @@ from polopt.errors import CallError
 
 def not_half(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+class _FromFloat16(torch.autograd.Function):
+    """float16 to float32; gradients beyond the range of float16 become its largest number instead of infinite."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.float()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None: ...
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        most = torch.finfo(torch.float16).max
+        return gradient.clamp(-most, most).to(torch.float16)
+
+
+def widened(x: Tensor) -> Tensor:
+    """Half precision as float32, whose sums and exponentials do not overflow; other tensors as they are."""
+    if x.dtype == torch.float16 and x.requires_grad:
+        out: Tensor = _FromFloat16.apply(x)  # type: ignore[no-untyped-call]
+        return out
+    return not_half(x)
 
 
 def pool_along(x: Tensor, m: Tensor, how: str, ddof: int, loo: bool, dim: int) -> Tensor:

@@ -78,6 +78,11 @@ def test_conditions_hold_and_say_so(name):
             "whole-episodes": lambda: torch.equal(b.terminated, last) and not b.truncated.any(),
             "equal-ratios": lambda: all((g[m] - g[m][0]).abs().max() < 1e-12 for g, m in zip(gap, b.mask, strict=True) if m.any()),
             "on-policy": lambda: not gap.any(),
+            "at-reference": lambda: torch.equal(clean(b)["logp@now"], clean(b)["logp@ref"]),
+            "pairs": lambda: b.group.tolist() == [i // 2 for i in range(b.shape[0])],
+            "success-or-failure": lambda: (
+                b.reward.shape[-1] == 1 and not received[~last].any() and set(received[last].tolist()) <= {0.0, 1.0}
+            ),
             "value-is-group-mean": lambda: torch.allclose(
                 clean(b)["value@old"], (mean_returns(b)[:, None] - before).masked_fill(~b.mask, 0.0), atol=1e-12
             ),

@@ -62,7 +62,8 @@ def batches(method: Method, count: int) -> Sequence[Batch]:
     """Random batches with everything that the method's parts read."""
     extra = tuple(sorted(method.needs() - {"return@old"}))
     reads = tuple(sorted(union(p.reads for p in method.parts().values()) - {"group"}))
-    return random_batches((), extra, reads, episodes=Can.EPISODES in method.requires() or _grouped(method), count=count)
+    conditions = tuple(dict.fromkeys(c for p in method.parts().values() for c in getattr(p, "conditions", ())))
+    return random_batches(conditions, extra, reads, episodes=Can.EPISODES in method.requires() or _grouped(method), count=count)
 
 
 def _grouped(method: Method) -> bool:

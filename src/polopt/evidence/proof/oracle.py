@@ -19,6 +19,8 @@ from torch import Tensor
 from polopt import objective
 from polopt.batch import Batch
 from polopt.method import Method, Update, default_rule
+from polopt.parts.advantage.beta_normalised import BetaNormalised
+from polopt.parts.advantage.decoupled import Decoupled
 from polopt.parts.advantage.gae import GAE, NStep
 from polopt.parts.advantage.group import GroupBaseline
 from polopt.parts.advantage.monte_carlo import MonteCarlo
@@ -156,13 +158,17 @@ def true_reward(method: Method, policy: TablePolicy, shaped: Float[Tensor, "P N 
 def surrogate_check(method: Method, update: Update) -> tuple[str, float] | None:
     """The surrogate term's expected first gradient: what was compared, and the deviation."""
     slots = method.slots(update)
-    if slots.select or slots.weight or not getattr(slots.surrogate, "unit_slope", False):
+    if slots.select or not getattr(slots.surrogate, "unit_slope", False):
         return None
     if scale_of(slots.aggregate, 1) is None:
         return None
     alone = surrogate_alone(method, update)
     if isinstance(slots.advantage, GroupBaseline):
         return _group_check(alone, slots.advantage)
+    if isinstance(slots.advantage, BetaNormalised):  # of one prompt's success rate there is no distribution to fit
+        return _group_check(alone, GroupBaseline(scale="none"), binary=True)
+    if isinstance(slots.advantage, Decoupled):  # of one reward there is nothing to decouple
+        return _group_check(alone, GroupBaseline(eps=slots.advantage.eps))
     if isinstance(slots.surrogate, SequenceClip) or not isinstance(slots.advantage, MonteCarlo | GAE | NStep):
         return None
     return _row_check(alone)
@@ -200,13 +206,13 @@ def regression_check(method: Method, update: Update) -> tuple[str, float] | None
 
 
 def surrogate_alone(method: Method, update: Update) -> Method:
-    """The method with its surrogate term only, undiscounted, advantages not standardised."""
+    """The method with its surrogate term only, without weights, undiscounted, advantages not standardised."""
     slots = method.slots(update)
     fields = {k: v for k, v in (("gamma", 1.0), ("standardise", False)) if hasattr(slots.advantage, k)}
     assert slots.advantage is not None  # surrogate_check
     advantage = slots.advantage.but(**fields)
-    plain = replace(update, terms=("surrogate",), advantage=advantage, critic=None, penalty=(), rule=default_rule())
-    return replace(method, updates=(plain,), critic=None, penalty=())
+    plain = replace(update, terms=("surrogate",), advantage=advantage, critic=None, penalty=(), weight=None, rule=default_rule())
+    return replace(method, updates=(plain,), critic=None, penalty=(), weight=())
 
 
 def scale_of(aggregate: Any, length: int) -> float | None:
@@ -256,13 +262,14 @@ def _values(policy: TablePolicy, batch: Batch, reward: Tensor | None) -> dict[st
     return {"value@old": value[item, batch.obs], "value_next@old": after}
 
 
-def _group_check(method: Method, advantage: GroupBaseline) -> tuple[str, float] | None:
+def _group_check(method: Method, advantage: GroupBaseline, *, binary: bool = False) -> tuple[str, float] | None:
     """Every group of a small tree: the policy gradient, short by what a baseline that includes the row itself takes away.
 
-    Where advantages are divided by the group's deviation: the closed form for two outcomes.
+    Where advantages are divided by the group's deviation: the closed form for two outcomes. `advantage`: what the method's own
+    part is on a single group.
     """
     scaled = advantage.scale != "none"
-    world = small_world(eos=False, horizon=2, symbols=2, binary=scaled)
+    world = small_world(eos=False, horizon=2, symbols=2, binary=scaled or binary)
     policy = moved_policy(world)
     reward = reward_table(method, policy)
     if reward is None:

@@ -23,7 +23,7 @@ from polopt.part import Can, Part, union
 #: Differences up to this count as equal, relative to the parent's number where that is above 1; float64 leaves about 1e-15.
 TOLERANCE = 1e-9
 #: How many batches show that a part makes a difference as it stands.
-PROBES = 4
+PROBES = 8
 
 Status = Literal["settings", "proven", "failed", "none", "swapped"]
 How = Literal["neutral", "raw", "swapped"]
@@ -223,7 +223,8 @@ class _Link:
         how: dict[str, How] = {
             p: "raw" if p == path else "neutral" if c.neutral and not c.weak else "swapped" for p, c in self.changes.items()
         }
-        gap = self.gap(how, (), PROBES)
+        own = self.changes[path].own
+        gap = self.gap(how, tuple(getattr(own, "conditions", ())), PROBES)
         return None if gap.problem else max(gap.loss, gap.gradient)
 
     def prove(self) -> Proof:

@@ -9,7 +9,7 @@ Against GRPO: this advantage (alpha = beta = 3/2 is GRPO's times pi/8, alpha = b
 optimization" (arXiv 2506.02864); clip and sums are those of the released script, which draws 16 answers per prompt. A
 prompt with one answer has no advantage here; in the released code its p is 0 (`--set advantage.form=code`).
 
-Not to be mixed up with the "bnpo" loss type of other toolkits, a mean over all tokens of the batch.
+Not included: the "bnpo" loss type of other toolkits, a mean over all tokens of the batch, which is another thing.
 """
 
 from polopt.claim import Floor, Miniature, Neutral

@@ -77,6 +77,7 @@ class BetaNormalised(Part):
         "A_{i,t} = (R_i - p)/f(p; alpha, beta),  alpha = max(1, 1 + a/3), beta = max(1, 1 + b/3),  p ~ Beta(a, b) over prompts"
     )
     rows: ClassVar[bool] = True
+    conditions: ClassVar[tuple[str, ...]] = ("success-or-failure",)  # of random batches: it refuses rewards out of range
     moments: ClassVar[frozenset[str]] = frozenset({"scored"})
 
     @property

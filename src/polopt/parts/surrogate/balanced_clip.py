@@ -51,6 +51,7 @@ class BalancedClip(OnRatio):
     form: Annotated[Literal["paper", "code"], "which bound is raised first, and what the target is a share of"] = "paper"
     contribution: Annotated[Literal["value", "gradient"], "what a decision counts: its term of the loss, or its gradient"] = "value"
     dual: Annotated[float | None, Range(gt=1), "for negative advantages, largest useful ratio; none: unbounded"] = None
+    unit_slope: ClassVar[bool] = True
     equation: ClassVar[str] = (
         "l_t = -min(r_t A_t, clip(r_t, c_low, c_high) A_t), (c_low, c_high) the first on their path with P/(P + N) >= rho_0"
     )

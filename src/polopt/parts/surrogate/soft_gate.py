@@ -29,6 +29,7 @@ class SoftGate(OnRatio):
 
     tau_pos: Annotated[float, Range(gt=0), "sharpness of the gate where the advantage is positive"] = 1.0
     tau_neg: Annotated[float, Range(gt=0), "sharpness of the gate where it is not"] = 1.05
+    unit_slope: ClassVar[bool] = True
     equation: ClassVar[str] = "l_t = -(4/tau) sigmoid(tau (r_t - 1)) A_t,  tau = tau_pos if A_t > 0 else tau_neg"
 
     def __post_init__(self) -> None:
