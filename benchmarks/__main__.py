@@ -55,6 +55,16 @@ BENCHMARKS: dict[str, dict[str, Any]] = {
     },
     "padding": {"args": [], "contenders": ["padding"], "threads": 1, "higher": False},
     "replay": {"args": [], "contenders": ["replay"], "threads": 1, "higher": False},
+    # HalfCheetah, batch 256, layers of 256 and 256, one update per step: method, steps, threads, how
+    **{
+        f"{method}-{how}-{threads}": {
+            "args": [method, "960", str(threads), how], "threads": threads, "higher": False,
+            "contenders": ["replay_polopt", "replay_peer:stable_baselines3", *(["replay_peer:sbx"] if method != "ddpg" else [])],
+        }
+        for method in ("sac", "td3", "ddpg")
+        for how in ("eager", "compiled")
+        for threads in (1, 2)
+    },
 }
 
 
