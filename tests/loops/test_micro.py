@@ -43,3 +43,18 @@ def test_micro_batches_add_up(name: str) -> None:
         if key in a:
             assert b[key] == pytest.approx(a[key], rel=1e-3, abs=1e-5), key
     assert a["grad_norm"] > 0
+
+
+@pytest.mark.parametrize(("name", "more"), [("kl-cov", True), ("sapo", False)])
+def test_the_pass_of_a_survey_is_charged(name: str, more: bool) -> None:
+    """Parts that look at a whole minibatch cost one more pass where it is cut into micro-batches."""
+    whole, cut = (tokens_of(name, micro) for micro in (None, 3))
+    assert (cut > whole) is more
+
+
+def tokens_of(name: str, micro: int | None) -> float:
+    resolved = resolve(name, "text:spell_backward", {**SETTINGS, "optim.micro": micro, "minibatches": 1, "sampler.group_size": 2})
+    run = Improve(resolved.method, resolved.task, resolved.settings)
+    metrics = run.step()
+    run.collector.close()
+    return metrics["tokens"]

@@ -167,6 +167,12 @@ class Executor:
         """Gradient steps that one batch of `units` rows or decisions gives."""
         return self.update.epochs * -(-units // self.size(units))
 
+    def passes(self, units: int) -> int:
+        """How often the policy processes the batch: once an epoch, twice where micro-batches need a survey of the whole before."""
+        micro = self.optim.micro
+        split = self.policy.rowwise and micro is not None and micro < self.size(units)
+        return self.update.epochs * (2 if self.surveys and split else 1)
+
     def single_step(self, units: int) -> bool:
         """Whether the start of the update and the only gradient step coincide; a rule that searches also looks beyond its start."""
         return self.steps_per_batch(units) == 1 and not self.update.rule.host

@@ -122,7 +122,7 @@ class Improve(Loop):
         compiled = self.compile.steps if self.compile.start is not None and self.updates >= self.compile.start else 0
         for update, (batch, advantage, known) in zip(due, ready, strict=True):
             found = known | self.executors[update.name].run(batch, advantage, clock, compiled=compiled)
-            self.charge_pass(batch, update.epochs)
+            self.charge_pass(batch, self.executors[update.name].passes(batch.shape[0]))
             aside = update.on != main.on
             info |= {f"{update.name}/{k}" if aside or k in info else k: v for k, v in found.items()}
         if ready:

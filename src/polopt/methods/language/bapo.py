@@ -6,8 +6,9 @@
 
 Against GRPO: these bounds, two passes of four gradient steps over every batch (staleness 8), every token counts the
 same, no KL penalty. Xi et al., "BAPO: Stabilizing off-policy reinforcement learning for LLMs via balanced policy
-optimization with adaptive clipping" (arXiv 2510.18927), eq. 8, algorithm 1; numbers of its section 5.1. The released
-recipe raises c_low first, in other ranges, asks for P/N >= 0.5 and has a dual clip (`--surrogate balanced-clip-code`).
+optimization with adaptive clipping" (arXiv 2510.18927), eq. 8, algorithm 1; numbers of its section 5.1 (its
+code's readme has rho_0 = 0.5). The released recipe raises c_low first, in other ranges, does not weigh by pi_old, asks
+for P/N >= 0.5 and has a dual clip (`--surrogate balanced-clip-code`).
 Data of earlier batches: `--source window`.
 
 Not included: partial rollouts.

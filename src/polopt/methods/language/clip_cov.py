@@ -9,7 +9,8 @@ et al., "The entropy mechanism of reinforcement learning for reasoning language 
 12. rho = 2e-4, the bounds of C and the clip e = 1 are those of the released scripts, whose minibatches hold about a
 million tokens; with a few thousand take rho near 1e-2 (`weight.share`). Dropped tokens stay in the denominator.
 
-Not included: dynamic sampling, with which the scripts run (`--sampler dynamic`).
+Not included: dynamic sampling, with which the scripts run (`--sampler dynamic`), and the paper's fit of reward against
+entropy, R = b - a e^H.
 """
 
 from polopt.claim import Floor, Miniature, Neutral
