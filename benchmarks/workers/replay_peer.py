@@ -3,6 +3,7 @@
 Arguments: stable_baselines3 or sbx, method (sac, td3, ddpg), steps, threads, and two that only the other side reads.
 """
 
+import itertools
 import json
 import statistics
 import sys
@@ -43,5 +44,5 @@ model.train = timed
 begun = time.perf_counter()
 model.learn(START + WARM + int(steps) + BLOCK)
 marks = ends[WARM::BLOCK]
-times = [(b - a) / BLOCK for a, b in zip(marks, marks[1:], strict=False)]
+times = [(b - a) / BLOCK for a, b in itertools.pairwise(marks)]
 print(json.dumps({"value": statistics.median(times), "best": min(times), "warm_s": round(ends[WARM] - begun, 1)}))
