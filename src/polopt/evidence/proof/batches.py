@@ -127,6 +127,19 @@ def pairs(batch: Batch) -> Batch:
     return batch.with_key("group", torch.arange(batch.shape[0]) // 2)
 
 
+@condition("long-rows", "rows of hundreds of decisions", "mask")
+def long_rows(batch: Batch) -> Batch:
+    """Every row is its own mask sixty times over, so that shares of a percent are more than one decision."""
+    return replace(batch, mask=batch.mask.repeat(1, 60), horizon=60 * batch.horizon)
+
+
+@condition("control-rows", "rows that steer the entropy in the place of others", "content")
+def control_rows(batch: Batch) -> Batch:
+    """Every third row came in, the one behind it went out."""
+    turn = torch.arange(batch.shape[0]) % 3
+    return replace(batch, row={**batch.row, "control": (turn == 1).to(F64), "replaced": (turn == 2).to(F64)})
+
+
 @condition("value-is-group-mean", "a value that predicts the mean return of the group", "content")
 def value_is_group_mean(batch: Batch) -> Batch:
     """V(s_t) is the mean return of the row's group less what the row has received before t."""

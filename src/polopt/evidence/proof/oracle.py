@@ -29,6 +29,7 @@ from polopt.parts.aggregate import SeqMeanTokenMean, SeqMeanTokenSum, SeqMeanTok
 from polopt.parts.penalty.entropy import EntropyBonus
 from polopt.parts.penalty.kl import KLToReference
 from polopt.parts.reward.kl import KLInReward
+from polopt.parts.select.replaced import DropReplaced
 from polopt.parts.source import Fresh
 from polopt.parts.surrogate.clip import SequenceClip
 from polopt.parts.surrogate.regression import AdvantageRegression, RelativeRegression
@@ -158,7 +159,8 @@ def true_reward(method: Method, policy: TablePolicy, shaped: Float[Tensor, "P N 
 def surrogate_check(method: Method, update: Update) -> tuple[str, float] | None:
     """The surrogate term's expected first gradient: what was compared, and the deviation."""
     slots = method.slots(update)
-    if slots.select or not getattr(slots.surrogate, "unit_slope", False):
+    # what was drawn by the policy alone holds no replaced row
+    if any(not isinstance(p, DropReplaced) for p in slots.select) or not getattr(slots.surrogate, "unit_slope", False):
         return None
     if scale_of(slots.aggregate, 1) is None:
         return None

@@ -23,6 +23,7 @@ class GroupWithControl(GroupBaseline):
     reward, one-sided: they can only be pushed up.
     """
 
+    conditions: ClassVar[tuple[str, ...]] = ("control-rows",)  # of random batches: without such rows it does nothing
     equation: ClassVar[str] = "A_{i,t} = 1 if control_i, else (R_i - centre(R)) / (scale(R) + eps)"
 
     def __call__(self, batch: Batch) -> Float[Tensor, "B T"]:

@@ -42,6 +42,7 @@ class LowProbability(Part):
         "l_t = beta (e^d - d - 1),  d = log q(a_t) - log pi(a_t) > 0,  A_t < 0, pi(a_t) among the rho n lowest"
     )
     surveys: ClassVar[tuple[str, ...]] = ("spared@minibatch",)
+    conditions: ClassVar[tuple[str, ...]] = ("long-rows",)  # of random batches: in small ones rho n is less than one decision
 
     @property
     def needs(self) -> frozenset[str]:

@@ -21,6 +21,7 @@ class DropReplaced(Part):
     They still count in the statistics of their group, so that the others' advantages are those of the group that was sampled.
     """
 
+    conditions: ClassVar[tuple[str, ...]] = ("control-rows",)  # of random batches: without such rows it does nothing
     equation: ClassVar[str] = "sum over rows i with replaced_i = 0"
 
     def __call__(self, batch: Batch) -> Bool[Tensor, "B T"]:
