@@ -35,7 +35,7 @@ LP_REG = register(
         claim="Stable on-policy training for about 1,000 steps; 60.17 % on five mathematics benchmarks, 2.66 above prior methods.",
         miniature=Miniature(
             "table:tree", "25k-decisions",
-            "Sixteen gradient steps per batch of hard prompts leave more entropy than under GRPO with the same clip and no KL penalty.",
+            "Sixteen gradient steps per batch of hard prompts leave more entropy than under GRPO of the same clip, without its KL.",
             metric="eval_entropy", seeds=10, own={"penalty.rho": 1.0, "penalty.coef": 5.0}, other={"penalty.coef": 0.0},
             settings={
                 "options.symbols": 8, "options.length": 4, "options.hardest": 0.003, "options.easiest": 0.05,
