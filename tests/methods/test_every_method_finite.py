@@ -15,6 +15,7 @@ from polopt import objective
 from polopt.batch import Batch
 from polopt.columns import last_valid
 from polopt.draws import Draws
+from polopt.evidence.proof.batches import CASES
 from polopt.evidence.proof.invariance import batches
 from polopt.method import Method, Update
 from polopt.parts.surrogate.score import Ratio
@@ -47,7 +48,9 @@ def situations(draw: st.DrawFn) -> dict[str, Any]:
 
 
 def changed(batch: Batch, mask: Tensor, sizes: tuple[int, ...], rewards: str, ratio: str, dtype: torch.dtype, seed: int) -> Batch:
-    """The random batch in this situation; garbage outside the mask."""
+    """The random batch in this situation; garbage outside the mask, which is repeated where rows are longer."""
+    t = batch.shape[1]
+    mask = mask.repeat(1, -(-t // STEPS))[:, :t]
     g = torch.Generator().manual_seed(seed)
     last = last_valid(mask)
     ends = last & (torch.rand(mask.shape, generator=g) < 0.7)
@@ -72,16 +75,14 @@ def changed(batch: Batch, mask: Tensor, sizes: tuple[int, ...], rewards: str, ra
     reward = torch.where(last, won[:, None], 0.0)[..., None]
     out = replace(
         batch, mask=mask, terminated=ends, truncated=last & ~ends, reward=torch.where(mask[..., None], reward, torch.nan),
-        stats={k: dirty(v) for k, v in stats.items()}, horizon=STEPS,
+        stats={k: dirty(v) for k, v in stats.items()}, horizon=t,
     )  # fmt: skip
     return out.with_key("group", torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)))
 
 
 def base(method: Method) -> Batch:
-    """Six rows of five decisions with everything that the method reads."""
-    found = next(b for b in batches(method, 1) if b.shape[0] == ROWS)
-    assert found.shape[1] == STEPS
-    return found
+    """Six rows with everything that the method reads."""
+    return next(b for b in batches(method, len(CASES)) if b.shape[0] == ROWS)
 
 
 def finite(x: Tensor) -> bool:
