@@ -19,7 +19,23 @@ class CallError(PoloptError, ValueError):
 
 
 class Misfit(CallError):
-    """A method cannot run on a task: one of its parts needs what the task does not offer."""
+    """A method cannot run on a task: one of its parts needs what the task does not offer.
+
+    reason: why; fit: methods that can run on the task, the nearest first, where these were looked for.
+    """
+
+    #: how many methods are named where more would fit
+    MANY = 8
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason, self.fit = reason, tuple[str, ...]()
+
+    def __str__(self) -> str:
+        if not self.fit:
+            return self.reason
+        more = f" and {len(self.fit) - self.MANY} more" if len(self.fit) > self.MANY else ""
+        return f"{self.reason}; methods that fit: {', '.join(self.fit[: self.MANY])}{more}"
 
 
 class MissingStatistic(CallError, KeyError):

@@ -6,11 +6,11 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from polopt.errors import CallError
+from polopt.errors import CallError, Misfit
 from polopt.method import Method
 from polopt.paths import Leaf, Slot, canonical, coerce, find, method_leaves, replace_at, settings_leaves, type_text
 from polopt.recipe import OWN_SETTINGS, stages_of
-from polopt.registry import get_method
+from polopt.registry import fitting, get_method, refuse_misfit
 from polopt.settings import Settings
 
 if TYPE_CHECKING:
@@ -304,7 +304,11 @@ def refuse(resolved: Resolved, source: Mapping[str, str]) -> None:
         raise CallError(f"{error}{where}") from None
     check_device(settings.device, source.get("device", ""))
     method.check()
-    method.refuse_unless(resolved.task.offers, resolved.task.name)
+    try:
+        refuse_misfit(method, resolved.task)
+    except Misfit as error:
+        error.fit = tuple(fitting(resolved.task, method))
+        raise
 
 
 def check_device(device: str, source: str = "") -> None:

@@ -56,7 +56,7 @@ REASONS = {
     Can.ITEMS: "a table of prompts (a task with a known number of items)",
     Can.VALUE: "a value function",
     Can.NETS: "a policy that holds critics of actions",
-    Can.REPARAM: "continuous actions, differentiable in the policy",
+    Can.REPARAM: "continuous actions within finite bounds, differentiable in the policy",
     Can.ENUMERATE: "discrete actions, whose probabilities can all be listed",
 }
 
@@ -284,4 +284,17 @@ def union(sets: Iterable[frozenset[Any]]) -> frozenset[Any]:
     return frozenset().union(*sets)
 
 
-__all__ = ["KINDS", "Can", "Moment", "Net", "Part", "Range", "ask", "call", "make_part", "part_names", "register_part", "register_preset"]
+__all__ = [
+    "KINDS",
+    "Can",
+    "Moment",
+    "Net",
+    "Part",
+    "Range",
+    "ask",
+    "call",
+    "make_part",
+    "part_names",
+    "register_part",
+    "register_preset",
+]

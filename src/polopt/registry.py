@@ -11,9 +11,10 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from polopt.errors import CallError, nearest, unknown
+from polopt.errors import CallError, Misfit, nearest, unknown
 
 if TYPE_CHECKING:
+    from polopt.interfaces import Task
     from polopt.method import Method
 
 _METHODS: dict[str, Method] = {}
@@ -65,6 +66,35 @@ def all_methods() -> dict[str, Method]:
         return 0 if m.parent is None else 1 + depth(m.parent)
 
     return {m.name: m for m in sorted(_METHODS.values(), key=lambda m: (depth(m), m.name))}
+
+
+def refuse_misfit(method: Method, task: Task) -> None:
+    """Raise `Misfit` when a method needs what the task, with its kind of actions, does not offer."""
+    look = getattr(task, "offered", None)
+    offers, actions = look(method.requires()) if look is not None else (task.offers, "")
+    try:
+        method.refuse_unless(offers, task.name)
+    except Misfit as error:
+        raise Misfit(f"{error.reason} (its actions are {actions})" if actions else error.reason) from None
+
+
+def fitting(task: Task, near: Method | None = None) -> list[str]:
+    """Names of the registered methods that can run on a task; with `near`, those first that share most of their chain with it."""
+    found: dict[str, Method] = {}
+    for name, method in all_methods().items():
+        try:
+            refuse_misfit(method, task)
+        except Misfit:
+            continue
+        found[name] = method
+    if near is None:
+        return list(found)
+    chain = {m.name for m in near.chain()}
+
+    def distance(name: str) -> tuple[int, bool]:
+        return -len(chain & {m.name for m in found[name].chain()}), found[name].family != near.family
+
+    return sorted(found, key=distance)
 
 
 def load_object(spec: str) -> Any:

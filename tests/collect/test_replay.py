@@ -18,6 +18,7 @@ from polopt.errors import CallError, PoloptError
 from polopt.interfaces import Request
 from polopt.parts.replay import Ring
 from polopt.policies.mlp import build
+from polopt.registry import get_method
 from polopt.settings import CollectSettings, PolicySettings, Settings
 from polopt.tasks.gym import GymTask
 
@@ -274,9 +275,11 @@ def test_columns_history_and_returns() -> None:
 
 
 def test_a_ring_that_cannot_hold_a_batch_is_no_method() -> None:
-    assert Ring(size=10, batch=11).validate(None, None) == "source.size = 10 transitions cannot fill source.batch = 11"  # type: ignore[arg-type]
-    assert "window" in str(Ring(size=10, batch=1, n_step=11).validate(None, None))  # type: ignore[arg-type]
-    assert Ring().validate(None, None) is None  # type: ignore[arg-type]
+    method = get_method("ddpg")
+    update = method.updates[0]
+    assert Ring(size=10, batch=11).validate(method, update) == "source.size = 10 transitions cannot fill source.batch = 11"
+    assert "window" in str(Ring(size=10, batch=1, n_step=11).validate(method, update))
+    assert Ring().validate(method, update) is None
     with pytest.raises(CallError, match=r"source\.utd = 0\.0 must be > 0"):
         Ring(utd=0.0)
 

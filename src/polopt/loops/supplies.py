@@ -32,7 +32,13 @@ def open_supply(
         return None
     needs_nets(policy)
     held: Any = policy
+    budget = Budget.parse(settings.budget)
     if isinstance(source, Dataset):
+        if budget.unit in ("decisions", "tokens"):
+            raise CallError(
+                f"budget '{settings.budget}' is never spent: {method.name} learns from a dataset and makes no decisions; "
+                "say how many rounds of updates, e.g. 20k-rounds, or seconds"
+            )
         found = open_dataset(source, task)
         if source.normalize_obs:
             held.standardise(*found.statistics())
@@ -46,7 +52,6 @@ def open_supply(
         )
     spaces: Any = task
     observation, action = spaces.spaces()
-    budget = Budget.parse(settings.budget)
     return Replay(
         source,
         obs_size=observation.size,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from polopt.part import Part, Range, register_part
+from polopt.parts.sampler.nothing import Nothing
 
 if TYPE_CHECKING:
     from polopt.method import Method, Update
@@ -36,6 +37,10 @@ class Ring(Part):
             return f"source.size = {self.size} transitions cannot fill source.batch = {self.batch}"
         if self.size < self.n_step:
             return f"source.size = {self.size} transitions cannot hold a window of source.n_step = {self.n_step}"
+        if method.sampler.name == Nothing.name:
+            return (
+                "is filled by what is collected, and sampler 'nothing' collects nothing: use sampler 'fresh', or source 'dataset'"
+            )
         return None
 
 
@@ -58,5 +63,9 @@ class Dataset(Part):
     host: ClassVar[bool] = True
 
     def validate(self, method: Method, update: Update) -> str | None:
-        """Everything fits; the data are checked when they are opened."""
+        """Refuse to collect what would only be thrown away; the data are checked when they are opened."""
+        if method.sampler.name != Nothing.name:
+            return f"is fixed, so that nothing may be collected: set sampler 'nothing' (it is '{method.sampler.name}') as well"
+        if method.explore is not None:
+            return f"is fixed, so that nothing is explored: set explore none (it is '{method.explore.name}') as well"
         return None

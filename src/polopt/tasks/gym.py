@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 #: what depends on the action space; the policy refuses what does not fit it
 OF_SPACES = (Can.NETS, Can.REPARAM, Can.ENUMERATE)
+OF_ACTIONS = frozenset({Can.REPARAM, Can.ENUMERATE, Can.FLOW})
 
 
 class GymTask:
@@ -92,6 +93,22 @@ class GymTask:
             finally:
                 env.close()
         return self._spaces
+
+    def offered(self, wanted: frozenset[Can]) -> tuple[frozenset[Can], str]:
+        """What it offers given its actions, and these in words; an environment is only made for what depends on them."""
+        if not wanted & OF_ACTIONS:
+            return self.offers, ""
+        action = self.spaces()[1]
+        fits = {
+            Can.ENUMERATE: action.kind == "discrete",
+            Can.REPARAM: action.kind == "box" and action.bounded,
+            Can.FLOW: action.kind == "box",
+        }
+        words: str = action.kind
+        if action.kind == "box":
+            low, high = (f"{v[0]:g}" if len(set(v)) == 1 else str(list(v)) for v in (action.low, action.high))
+            words = f"continuous, {action.size} of them within [{low}, {high}]"
+        return self.offers - {can for can, fit in fits.items() if not fit}, words
 
     def preset(self, method: Any) -> Mapping[str, Any]:
         """Settings that suit this environment and a method with these properties, as dotted paths."""

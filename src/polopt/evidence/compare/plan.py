@@ -15,7 +15,7 @@ from polopt.evidence.compare.entries import Entry, fill, parse, plain, refuse_co
 from polopt.loops.build import iteration_size
 from polopt.overrides import Layer, Resolved, resolve
 from polopt.paths import guess
-from polopt.registry import all_methods
+from polopt.registry import fitting
 from polopt.run import Budget
 
 if TYPE_CHECKING:
@@ -234,14 +234,8 @@ def _task(asked: Asked) -> Task | None:
 def _no_fit(asked: Asked, misfits: Mapping[str, Misfit], task: Task | None) -> CallError:
     """Why the first contestant cannot run, which of the others can, and which methods can."""
     fit = [e.name for e in asked.entries if e.method and e.name not in misfits]
-    known = []
-    for name, method in all_methods().items():
-        try:
-            resolve(method, task or asked.task)
-            known.append(name)
-        except CallError:
-            continue
-    text = str(next(iter(misfits.values())))
+    known = fitting(task) if task is not None else []
+    text = next(iter(misfits.values())).reason
     if len(misfits) > 1:
         text += f" (nor can {', '.join(list(misfits)[1:])})"
     return CallError(

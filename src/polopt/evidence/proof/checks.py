@@ -205,7 +205,7 @@ def guarded(name: str, check: Callable[[], Check]) -> Check:
     try:
         return check()
     except Misfit as error:
-        return Check("none", f"no {name}", f"{name}: {error}")
+        return Check("none", f"no {name}", f"{name}: {error.reason}")
     except Exception as error:
         return Check("failed", f"{name} FAILS", f"{name}: {type(error).__name__}: {error}")
 
