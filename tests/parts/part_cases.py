@@ -17,6 +17,7 @@ from polopt.parts.advantage.beta_normalised import BetaNormalised
 from polopt.parts.advantage.decoupled import Decoupled
 from polopt.parts.advantage.gae import GAE, NStep
 from polopt.parts.advantage.group import GroupBaseline
+from polopt.parts.advantage.median import MedianBaseline
 from polopt.parts.advantage.monte_carlo import MonteCarlo
 from polopt.parts.advantage.running_mean import RunningMean
 from polopt.parts.critic import ValueLoss
@@ -45,6 +46,7 @@ ADVANTAGES: list[Part] = [
     MonteCarlo(0.9, "value"), MonteCarlo(0.9, "value", standardise=True), MonteCarlo(credit="whole"), RunningMean(),
     GroupBaseline(), GroupBaseline(scale="batch"), GroupBaseline("leave-one-out", "none"), GroupBaseline("batch", "batch"),
     GroupBaseline("batch", "group"), GroupBaseline("none", "none"), BetaNormalised(low=-50.0, high=50.0), Decoupled(),
+    MedianBaseline(), MedianBaseline("mean", "std"),
 ]  # fmt: skip
 OTHERS: list[Part] = [
     KLInReward(), KLInReward(form="sequence"), SoftOverlong(), TruncatedImportance(), ScoreFunction(), Ratio(), Clip(),

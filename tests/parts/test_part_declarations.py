@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import re
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -18,6 +18,7 @@ from polopt.parts.advantage.beta_normalised import BetaNormalised
 from polopt.parts.advantage.decoupled import Decoupled
 from polopt.parts.advantage.gae import GAE, NStep
 from polopt.parts.advantage.group import GroupBaseline
+from polopt.parts.advantage.median import MedianBaseline
 from polopt.parts.advantage.monte_carlo import MonteCarlo
 from polopt.parts.advantage.running_mean import RunningMean
 from polopt.parts.aggregate import SeqMeanTokenMean, SeqMeanTokenSum, SeqMeanTokenSumNorm, TokenMean
@@ -28,7 +29,17 @@ from polopt.parts.select.truncated import DropTruncated
 
 torch.set_num_threads(1)
 #: Parts that need whole rows.
-WHOLE = BetaNormalised | Conditioned | Decoupled | GroupBaseline | RunningMean | MonteCarlo | SoftOverlong | DropTruncated
+WHOLE = (
+    BetaNormalised
+    | Conditioned
+    | Decoupled
+    | GroupBaseline
+    | MedianBaseline
+    | RunningMean
+    | MonteCarlo
+    | SoftOverlong
+    | DropTruncated
+)
 
 
 # -------------------------------------------------------------------- what is declared is what is read

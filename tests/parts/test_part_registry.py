@@ -52,7 +52,8 @@ def example(seed: int, part: Part | None = None) -> dict[str, Tensor]:
 
 def loss_of(part: Part, mask: Tensor, data: dict[str, Tensor], memory: dict[str, Tensor] | None = None) -> Tensor:
     stats = {k: v for k, v in data.items() if k != "advantage"}
-    batch = Batch(mask=mask, stats=stats, row={"truncated": torch.tensor([0.0, 1.0, 0.0, 0.0])}, horizon=3)
+    row = {name: torch.tensor([0.0, 1.0, 0.0, 0.0]) for name in part.reads - {"group"}}
+    batch = Batch(mask=mask, stats=stats, row=row, horizon=3)
     batch = replace(batch, group=torch.tensor([0, 0, 1, 1]), units={"group": 2})
     now = Now({k.removesuffix("@now"): v for k, v in stats.items() if k.endswith("@now")})
     memory = part.initial() if memory is None else memory
