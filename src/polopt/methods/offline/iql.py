@@ -13,6 +13,7 @@ deviations that do not depend on the state. Not included: the cosine schedule of
 
 from dataclasses import replace
 
+from polopt.claim import Floor, Miniature
 from polopt.method import Update
 from polopt.methods.offline.td3_bc import TD3_BC
 from polopt.parts.actor.offline import AdvantageWeighted
@@ -36,6 +37,14 @@ IQL = register(
             ),
             replace(ACTOR, every=1, after=()),
             replace(CRITIC, after=(Polyak(of=("critic",), tau=0.005),)),
+        ),
+        miniature=Miniature(
+            "dataset:pendulum-logs?noise=0.6", "4k-rounds", "Ends above TD3+BC on logs of which most actions are random.",
+            points=5, settings={"policy.hidden": (64, 64), "source.batch": 64, "evaluate.episodes": 20},
+        ),
+        floor=Floor(
+            "dataset:pendulum-logs?noise=0.3", "2k-rounds", -1000,
+            settings={"policy.hidden": (64, 64), "source.batch": 64, "evaluate.episodes": 20},
         ),
         title="Implicit Q-learning",
         paper="2110.06169",

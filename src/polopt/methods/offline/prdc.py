@@ -11,7 +11,7 @@ Defaults: alpha 2.5 (HalfCheetah 40, AntMaze 7.5), beta 2 (AntMaze 7.5), one nei
 lives on the host and is built once. Only the action part of the neighbour pulls, as in the released code.
 """
 
-from polopt.claim import Neutral
+from polopt.claim import Miniature, Neutral
 from polopt.methods.offline.td3_bc import TD3_BC
 from polopt.parts.actor.offline import NearestInData
 from polopt.registry import register
@@ -20,6 +20,13 @@ PRDC = register(
     TD3_BC.but(
         "prdc",
         actor=NearestInData(alpha=2.5, beta=2.0, neighbours=1),
+        miniature=Miniature(
+            "dataset:pendulum-logs?noise=0.6",
+            "8k-rounds",
+            "Ends above TD3+BC at equal alpha on logs of which most actions are random.",
+            points=5,
+            settings={"policy.hidden": (64, 64), "source.batch": 64, "evaluate.episodes": 20, "actor.alpha": 40.0},
+        ),
         title="Policy Regularization with Dataset Constraint",
         paper="2306.06569",
         year=2023,

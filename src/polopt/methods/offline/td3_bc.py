@@ -8,6 +8,7 @@ statistics. Fujimoto & Gu, "A minimalist approach to offline reinforcement learn
 Defaults: alpha 2.5, the rest as TD3. The cloning term is averaged over action components, as in the released code.
 """
 
+from polopt.claim import Floor, Miniature
 from polopt.methods.offpolicy.td3 import TD3
 from polopt.parts.actor.offline import BehaviourCloned
 from polopt.parts.replay import Dataset
@@ -21,6 +22,22 @@ TD3_BC = register(
         explore=None,
         source=Dataset(batch=256, normalize_obs=True),
         actor=BehaviourCloned(alpha=2.5),
+        miniature=Miniature(
+            "dataset:pendulum-logs?noise=0.6",
+            "8k-rounds",
+            "Ends above cloning alone (alpha 0) on logs of which most actions are random.",
+            baseline="td3-bc",
+            points=5,
+            settings={"policy.hidden": (64, 64), "source.batch": 64, "evaluate.episodes": 20},
+            own={"actor.alpha": 40.0},
+            other={"actor.alpha": 0.0},
+        ),
+        floor=Floor(
+            "dataset:pendulum-logs?noise=0.3",
+            "2k-rounds",
+            -1000,
+            settings={"policy.hidden": (64, 64), "source.batch": 64, "evaluate.episodes": 20},
+        ),
         title="TD3 with behaviour cloning",
         paper="2106.06860",
         year=2021,

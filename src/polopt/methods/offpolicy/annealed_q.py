@@ -11,7 +11,7 @@ Defaults: tau_0 = 0.9, linear to 1/2 over the whole run, the rest as the parent.
 optimistically, too, while tau > 1/2. Not included: the tabular study (it is a test).
 """
 
-from polopt.claim import Neutral
+from polopt.claim import Floor, Miniature, Neutral
 from polopt.methods.offpolicy.sac import SAC
 from polopt.methods.offpolicy.td3 import TD3
 from polopt.parts.critic_q import ExpectileQ
@@ -19,13 +19,22 @@ from polopt.registry import register
 
 CLAIM = "Significantly outperforms existing approaches on locomotion and manipulation, robust in tau_0."
 COMMON = {"paper": "2506.05968", "year": 2025, "card": 133, "doc": __doc__ or "", "claim": CLAIM, "builds_on": ("iql",)}
+SMALL = {"policy.hidden": (64, 64), "source.batch": 64, "evaluate.episodes": 10, "updates.critic.rule.lr": 1e-3}
 
 
 AQ_TD3 = register(
     TD3.but(
         "aq-td3",
         critic=ExpectileQ(members=2),
+        miniature=Miniature(
+            "gym:Pendulum-v1",
+            "8k-decisions",
+            "Learns faster than TD3.",
+            reduce="auc",
+            settings=SMALL,
+        ),
         title="Annealed Q-learning (TD3)",
+        floor=Floor("gym:Pendulum-v1", "8k-decisions", -500, settings=SMALL),
         neutral={"critic": Neutral(own={"start": 0.5, "end": 0.5, "scale": 2.0})},
         **COMMON,
     )
@@ -34,6 +43,13 @@ AQ_SAC = register(
     SAC.but(
         "aq-sac",
         critic=ExpectileQ(members=2),
+        miniature=Miniature(
+            "gym:Pendulum-v1",
+            "8k-decisions",
+            "Learns faster than SAC.",
+            reduce="auc",
+            settings=SMALL,
+        ),
         title="Annealed Q-learning (SAC)",
         neutral={"critic": Neutral(own={"start": 0.5, "end": 0.5, "scale": 1.0})},
         **COMMON,

@@ -13,7 +13,7 @@ are batch 64, tau 0.001, rates 1e-4 and 1e-3 with L2 decay 1e-2 of the critic, O
 ornstein-uhlenbeck`), layers of 400 and 300 with the action entering at the second. Not included: batch normalisation, pixels.
 """
 
-from polopt.claim import Floor
+from polopt.claim import Floor, Miniature
 from polopt.method import Method, Update
 from polopt.parts.actor.pathwise import DeterministicGradient
 from polopt.parts.after import Polyak
@@ -50,6 +50,10 @@ DDPG = register(
         card=118,
         doc=__doc__ or "",
         claim="Robustly solves more than 20 simulated physics tasks with the same algorithm and hyperparameters.",
+        miniature=Miniature(
+            "gym:Pendulum-v1", "8k-decisions", "The score rises from where it began.",
+            settings={"policy.hidden": (64, 64), "source.batch": 64, "evaluate.episodes": 10},
+        ),
         floor=Floor("gym:Pendulum-v1", "10k-decisions", -400, settings={"evaluate.episodes": 16}),
     )
 )  # fmt: skip

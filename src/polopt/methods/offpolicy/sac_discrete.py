@@ -13,7 +13,7 @@ Defaults: those of SAC and H at 98 % of the largest entropy, as in the paper; ta
 update every four decisions (`source.utd` 0.25) and hard copies every 8,000 steps (`after copy`). Not included: convolutions.
 """
 
-from polopt.claim import Floor
+from polopt.claim import Floor, Miniature
 from polopt.methods.offpolicy.sac import SAC
 from polopt.parts.actor.pathwise import SoftActions
 from polopt.parts.critic_q import QOfActions
@@ -35,6 +35,15 @@ SAC_DISCRETE = register(
         doc=__doc__ or "",
         claim="Competitive with tuned Rainbow at 100k steps on Atari games without any tuning.",
         neutral=dict.fromkeys(("target", "critic", "actor", "multiplier")),
+        miniature=Miniature(
+            "gym:CartPole-v1",
+            "8k-decisions",
+            "Learns faster than PPO from equally many steps of the environment; SAC itself has no discrete actions.",
+            baseline="ppo",
+            reduce="auc",
+            settings={"evaluate.episodes": 10},
+            own={"policy.hidden": (64, 64), "source.batch": 64, "multiplier.share": 0.5},
+        ),
         floor=Floor("gym:CartPole-v1", "12k-decisions", 200, settings={"evaluate.episodes": 16, "multiplier.share": 0.5}),
     )
 )

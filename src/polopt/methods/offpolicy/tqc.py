@@ -13,7 +13,7 @@ Defaults: N 5, M 25, d 2 per critic (Hopper 5, HalfCheetah 0), critics of three 
 added up as in the paper; the released code averages them (`critic.over mean`).
 """
 
-from polopt.claim import Floor
+from polopt.claim import Floor, Miniature
 from polopt.methods.offpolicy.sac import SAC
 from polopt.parts.actor.pathwise import SoftGradient
 from polopt.parts.critic_q import QuantileRegression
@@ -33,6 +33,13 @@ TQC = register(
         doc=__doc__ or "",
         claim="State of the art on all continuous-control environments tried; 25 % above on Humanoid.",
         neutral=dict.fromkeys(("target", "critic")),
+        miniature=Miniature(
+            "gym:Pendulum-v1",
+            "6k-decisions",
+            "Learns faster than SAC with critics of the same width.",
+            reduce="auc",
+            settings={"policy.hidden": (64, 64), "source.batch": 64, "evaluate.episodes": 10, "critic.hidden": (64, 64)},
+        ),
         floor=Floor("gym:Pendulum-v1", "8k-decisions", -300, settings={"evaluate.episodes": 16, "critic.hidden": (64, 64)}),
     )
 )
