@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from polopt.batch import Batch
 from polopt.errors import CallError
 from polopt.loops.improve import Improve
 from polopt.method import Method
-from polopt.nets.frozen import artefact, shipped
+from polopt.nets.frozen import ASSETS, artefact, shipped
 from polopt.overrides import resolve
 from polopt.parts.surrogate.clip import Clip
 from polopt.parts.surrogate.drift import ClipDrift, DiscoveredDrift, Drift
@@ -267,6 +268,17 @@ def test_weights_of_one_s_own(tmp_path: Path) -> None:
     assert torch.equal(mine.memory().of("surrogate")["out"], network(5)["out"])
     save_file(network(6), path)  # read anew
     assert torch.equal(mine.memory().of("surrogate")["out"], network(6)["out"])
+
+
+def test_shipped_drifts_tell_where_they_come_from() -> None:
+    """The command with its seed, what it cost, and how it fared beside the plain ratio and the clip, good or bad."""
+    for name in shipped("drift"):
+        about = json.loads((ASSETS / "drift" / f"{name}.json").read_text())
+        assert "--seed" in about["command"]
+        assert about["runs"] == 16 * len(about["history"]) == 640
+        assert all({"learnt-drift", "ratio", "clip"} <= set(found) for found in about["compared"].values())
+        found = about["compared"]["gym:CartPole-v1"]
+        assert found["learnt-drift"]["mean"] > 3 * found["ratio"]["mean"]
 
 
 def test_artefacts_that_do_not_serve_are_refused_by_name(tmp_path: Path) -> None:

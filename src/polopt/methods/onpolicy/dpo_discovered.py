@@ -29,9 +29,9 @@ DISCOVERED_PO = register(
         doc=__doc__ or "",
         claim="At least PPO's returns on unseen tasks, with none of its settings tuned again.",
         miniature=Miniature(
-            "gym:Pendulum-v1", "30k-decisions",
+            "gym:Pendulum-v1", "40k-decisions",
             "Without tuning it learns as fast as PPO or faster, up to a twentieth of the range of scores.",
-            reduce="auc", expect="not worse", margin=70.0, points=10, settings={"evaluate.episodes": 10},
+            reduce="auc", expect="not worse", margin=60.0, seeds=8, settings={"evaluate.episodes": 10},
         ),
         floor=Floor("gym:CartPole-v1", "25k-decisions", 300, settings={"evaluate.episodes": 16, "optim.compile": "never"}),
         builds_on=("2201.02373",),

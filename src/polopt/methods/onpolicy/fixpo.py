@@ -33,9 +33,9 @@ FIXPO = register(
         doc=__doc__ or "",
         claim="Guarantees a trust region at every state with few additional steps, at returns like those of its rivals.",
         miniature=Miniature(
-            "gym:Pendulum-v1", "30k-decisions",
-            "At ten times the usual rate it learns as fast as PPO or faster, up to a twentieth of the range of scores.",
-            reduce="auc", expect="not worse", margin=70.0, points=10, settings={"lr": 3e-3, "evaluate.episodes": 10},
+            "gym:Pendulum-v1", "40k-decisions",
+            "Learns as fast as PPO or faster, up to a twentieth of the range of scores.",
+            reduce="auc", expect="not worse", margin=60.0, seeds=8, settings={"evaluate.episodes": 10},
         ),
         floor=Floor("gym:CartPole-v1", "25k-decisions", 300, settings={"evaluate.episodes": 16, "optim.compile": "never"}),
         builds_on=("trpo",),

@@ -8,9 +8,10 @@ its slope are 0 there. Lu et al., "Discovered policy optimisation" (arXiv 2210.0
 to the policy: it is read from an artefact (`surrogate.weights`), and no update moves it.
 
 The paper learns phi over 1025 generations of 30 million steps of Brax's Ant. The drift shipped here, `cartpole`, was
-learnt in minutes by `benchmarks/learn_drift.py` (40 generations of 16 short runs); what it came to, beside it in JSON.
-Not included: the search itself, which is `polopt.loops.search`, and the start from PPO's drift as default
-(`surrogate.start = clip`).
+learnt in minutes by `benchmarks/learn_drift.py`: 40 generations of 16 runs of 6,000 steps. Where many large steps are
+made per batch it does what PPO's clip does on CartPole (393 against 359; the plain ratio 89, means of ten seeds), and on
+tasks it never saw it is better than the plain ratio and far from the clip (Pendulum -835, ratio -1247, clip -390;
+Acrobot -241, -301, -91). Not included: the search itself, which is `polopt.loops.search`.
 """
 
 from math import inf
@@ -31,13 +32,13 @@ LPO = register(
         doc=__doc__ or "",
         claim="A drift learnt on one task carries over to others.",
         miniature=Miniature(
-            "gym:Acrobot-v1", "16k-decisions",
-            "With many large steps per batch, a drift learnt on CartPole helps on Acrobot: above the plain ratio.",
-            baseline="ppo", seeds=8,
+            "gym:Pendulum-v1", "16k-decisions",
+            "With many large steps per batch, a drift learnt on CartPole helps on Pendulum: above the plain ratio.",
+            baseline="lpo", seeds=8,
             settings={
                 "lr": 3e-3, "minibatch": 256, "epochs": 10, "collect.envs": 16, "collect.steps": 64, "evaluate.episodes": 16,
             },
-            other={"surrogate": "ratio"},
+            other={"surrogate.xi": 1e9},  # no drift at all: the plain ratio
         ),
         floor=Floor("gym:CartPole-v1", "25k-decisions", 200, settings={"evaluate.episodes": 16, "optim.compile": "never"}),
         builds_on=("2201.02373", "1703.03864"),
