@@ -28,10 +28,18 @@ from polopt.policies.table import TablePolicy
 from polopt.registry import all_methods, get_method
 
 
+#: methods of which theory gives no first gradient in closed form: critics of actions, flows, a median, a second update
+WITHOUT = {
+    "aq-sac", "aq-td3", "ddpg", "fpo", "iql", "mc-grpo", "pipo", "prdc", "sac", "sac-discrete", "sac-v1", "td3", "td3-bc", "tqc",
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("name", list(all_methods()))
 def test_every_method_has_the_gradient_that_theory_says(name: str) -> None:
     found = oracle(get_method(name))
-    assert found is not None
+    assert (found is None) == (name in WITHOUT)
+    if found is None:
+        return
     assert found.error < 1e-10, found.detail
     assert found.holds
 

@@ -79,6 +79,12 @@ def test_conditions_hold_and_say_so(name):
             "equal-ratios": lambda: all((g[m] - g[m][0]).abs().max() < 1e-12 for g, m in zip(gap, b.mask, strict=True) if m.any()),
             "on-policy": lambda: not gap.any(),
             "at-reference": lambda: torch.equal(clean(b)["logp@now"], clean(b)["logp@ref"]),
+            "long-rows": lambda: torch.equal(b.mask, b.mask[:, : b.shape[1] // 60].repeat(1, 60)) and b.shape[1] >= 60,
+            "control-rows": lambda: all(
+                float(b.row[k][i]) == float(i % 3 == turn)
+                for k, turn in (("control", 1), ("replaced", 2))
+                for i in range(b.shape[0])
+            ),
             "pairs": lambda: b.group.tolist() == [i // 2 for i in range(b.shape[0])],
             "success-or-failure": lambda: (
                 b.reward.shape[-1] == 1 and not received[~last].any() and set(received[last].tolist()) <= {0.0, 1.0}
