@@ -27,7 +27,6 @@ from polopt.policies import exact
 from polopt.policies.table import TablePolicy
 from polopt.registry import all_methods, get_method
 
-
 #: methods of which theory gives no first gradient in closed form: critics of actions, flows, a median, a second update
 WITHOUT = {
     "aq-sac", "aq-td3", "ddpg", "fpo", "iql", "mc-grpo", "pipo", "prdc", "sac", "sac-discrete", "sac-v1", "td3", "td3-bc", "tqc",

@@ -62,6 +62,9 @@ def mean_returns(b: Batch) -> Tensor:
     return out
 
 
+STEERED = (("control", 1), ("replaced", 2))
+
+
 @pytest.mark.parametrize("name", CONDITIONS)
 def test_conditions_hold_and_say_so(name):
     def true_of(b: Batch) -> bool:
@@ -81,9 +84,7 @@ def test_conditions_hold_and_say_so(name):
             "at-reference": lambda: torch.equal(clean(b)["logp@now"], clean(b)["logp@ref"]),
             "long-rows": lambda: torch.equal(b.mask, b.mask[:, : b.shape[1] // 60].repeat(1, 60)) and b.shape[1] >= 60,
             "control-rows": lambda: all(
-                float(b.row[k][i]) == float(i % 3 == turn)
-                for k, turn in (("control", 1), ("replaced", 2))
-                for i in range(b.shape[0])
+                k in b.row and torch.equal(b.row[k], (torch.arange(b.shape[0]) % 3 == turn).to(b.row[k])) for k, turn in STEERED
             ),
             "pairs": lambda: b.group.tolist() == [i // 2 for i in range(b.shape[0])],
             "success-or-failure": lambda: (
