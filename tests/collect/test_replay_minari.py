@@ -344,3 +344,16 @@ def test_the_root_follows_the_environment(root: Path, monkeypatch: pytest.Monkey
     assert datasets_root() == root
     monkeypatch.delenv("MINARI_DATASETS_PATH")
     assert datasets_root() == Path.home() / ".minari" / "datasets"
+
+
+def test_a_dataset_is_written_to_a_folder_given_from_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    held = transitions_of(ring_of_some(), PLANE, PUSH)
+    equal(from_minari(to_minari(held, "below/mine")), held)
+
+
+def ring_of_some() -> Replay:
+    world = World(2, np.random.default_rng(0))
+    replay = ring(world, size=20)
+    replay.write(world.fragment(5))
+    return replay

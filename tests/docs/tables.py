@@ -27,15 +27,17 @@ def _paper(paper: str) -> str:
 
 
 def methods() -> str:
-    """Name, parent, what it changes first, paper."""
+    """Name, parent, family, paper; families one after the other, parents before children."""
     import polopt
 
-    rows = []
-    for name, m in polopt.methods().items():
-        if m.parent is not None and m.parent.name not in polopt.methods():
-            continue
-        rows.append((f"`{name}`", m.title, f"`{m.parent.name}`" if m.parent else "", _paper(m.paper)))
-    return _table(("name", "method", "a change of", "paper"), rows)
+    listed = {n: m for n, m in polopt.methods().items() if m.parent is None or m.parent.name in polopt.methods()}
+    families = ("onpolicy", "language", "preference", "generative", "offpolicy", "offline")
+    ranked = sorted(listed, key=lambda n: families.index(f) if (f := listed[n].family) in families else len(families))
+    rows = [
+        (f"`{n}`", listed[n].title, listed[n].family, f"`{p.name}`" if (p := listed[n].parent) else "", _paper(listed[n].paper))
+        for n in ranked
+    ]
+    return _table(("name", "method", "family", "a change of", "paper"), rows)
 
 
 def warnings() -> str:

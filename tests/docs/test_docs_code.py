@@ -48,7 +48,7 @@ def test_code_of_a_page_runs(page: Path, folder: Path) -> None:
 def run_command(words: list[str], where: str) -> None:
     if words[0] in ("train", "compare") and "--help" not in words:
         words = [*words, "--dry-run"]
-    if words[0] in ("resume", "eval", "report") and not Path(words[1]).exists():
+    if words[0] in ("resume", "eval", "export", "report") and not Path(words[1]).exists():
         build_parser().parse_args(words)
         return
     assert main(words) == 0, f"{where}: polopt {' '.join(words)}"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import polopt
 from polopt.batch import Batch
-from polopt.errors import CallError, MissingStatistic
+from polopt.errors import CallError
 from polopt.interfaces import Plan
 from polopt.parts.advantage.median import MedianBaseline, is_middle, middle
 from polopt.parts.reward.overlong import SoftOverlong
@@ -139,8 +139,6 @@ def test_loss_is_that_of_the_rows_that_stay() -> None:
     torch.testing.assert_close(slope[:, 0], -given[:, 0] / 2 / 2)  # two rows of two tokens
     kept = method.set("select", "none").loss(whole.rows(torch.tensor([0, 2])), advantage=given[[0, 2]])[0]
     torch.testing.assert_close(loss, kept)
-    with pytest.raises(MissingStatistic, match="middle"):
-        method.loss(answers([0.0, 1.0, 3.0]))
 
 
 def test_sampler_draws_one_more_and_marks_the_middle() -> None:

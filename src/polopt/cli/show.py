@@ -45,13 +45,16 @@ def methods(args: argparse.Namespace) -> int:
     def rows(name: str, depth: int) -> Iterator[tuple[str, ...]]:
         m = found[name]
         about = m.title or next(iter(inspect.cleandoc(m.doc).splitlines()), "")
-        yield ("  " * depth + name, about, ", ".join(str(x) for x in (m.paper, m.year) if x), *stored.words(m))
+        yield ("  " * depth + name, m.family, about, ", ".join(str(x) for x in (m.paper, m.year) if x), *stored.words(m))
         for child in children.get(name, []):
             yield from rows(child, depth + 1)
 
     print(
         columns(
-            [("method", "what it is", "paper", "evidence", "certificate"), *(r for c in children.get(None, []) for r in rows(c, 0))]
+            [
+                ("method", "family", "what it is", "paper", "evidence", "certificate"),
+                *(r for c in children.get(None, []) for r in rows(c, 0)),
+            ]
         )
     )
     return 0

@@ -207,7 +207,7 @@ def to_minari(transitions: Transitions, target: str | Path, *, env: Any = None, 
     if not len(transitions):
         raise CallError(f"nothing to write to {target}: {transitions.name} holds no transitions")
     by_id = isinstance(target, str) and ID.fullmatch(target) is not None
-    folder = datasets_root() / target if by_id else Path(target).expanduser()
+    folder = (datasets_root() / target if by_id else Path(target).expanduser()).absolute()
     if folder.exists():
         raise CallError(f"{folder} exists already; remove it or choose another name for the dataset")
     plain = re.sub(r"[^-_\w]", "-", folder.name)

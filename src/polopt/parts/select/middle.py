@@ -9,7 +9,6 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from polopt.batch import Batch
-from polopt.errors import MissingStatistic
 from polopt.part import Part, register_part
 
 
@@ -18,7 +17,7 @@ from polopt.part import Part, register_part
 class DropMiddle(Part):
     """Rows with row["middle"], which sampler "spare" marks, leave numerator and denominator (MC-GRPO, arXiv 2601.22582).
 
-    They still count in the statistics of their group.
+    They still count in the statistics of their group. Batches without the column stay whole.
     """
 
     keep: Annotated[bool, "train on them all the same"] = False
@@ -30,10 +29,6 @@ class DropMiddle(Part):
         return frozenset({"middle"})
 
     def __call__(self, batch: Batch) -> Bool[Tensor, "B T"]:
-        """Decisions that stay. Raises `MissingStatistic` where no sampler marked rows."""
-        if "middle" not in batch.row:
-            raise MissingStatistic(
-                "the batch lacks the row column 'middle': use sampler 'spare', or pass row={'middle': ...} to Batch.of, 1 for the "
-                "row of each group that is left out"
-            )
-        return batch.mask & ((batch.row["middle"] <= 0)[:, None] | self.keep)
+        """Decisions that stay."""
+        column = batch.row.get("middle")
+        return batch.mask if column is None or self.keep else batch.mask & (column <= 0)[:, None]
