@@ -73,7 +73,8 @@ def method_leaves(method: Method) -> dict[str, Leaf]:
         annotations = hints(Update)
         found += [Leaf(prefix + name, annotations[name], getattr(u, name)) for name in UPDATE_FIELDS]
         found += [Leaf(f"{prefix}rule", Slot("rule"), u.rule), *_fields(u.rule, f"{prefix}rule.")]
-        found += [leaf for leaf in _slots(u, (*UPDATE_SLOTS, "after"), prefix) if leaf.value not in (None, ())]
+        inside = _slots(u, (*UPDATE_SLOTS, "after"), prefix)  # empty slots are the method's own; a setting may well be none
+        found += [leaf for leaf in inside if not (isinstance(leaf.type, Slot) and leaf.value in (None, ()))]
     if isinstance(method, Recipe):
         found += [Leaf("repeat", hints(Recipe)["repeat"], method.repeat), *(leaf for s in method.stages for leaf in _stage(s))]
     return {leaf.path: leaf for leaf in found}

@@ -254,6 +254,7 @@ def test_a_minari_dataset_with_nan_is_refused(capsys: pytest.CaptureFixture[str]
 # -------------------------------------------------------------------- kills
 RUNS = {
     "sac": ["sac", "gym:Pendulum-v1", "--budget", "120-decisions", *OFF],
+    "sac-v1": ["sac-v1", "gym:Pendulum-v1", "--budget", "120-decisions", *OFF],
     "td3-bc": ["td3-bc", LOGS, "--budget", "40-rounds", "--source.rounds", "2", "--source.batch", "16"],
 }
 KEEP = ["--policy.hidden", "8", "--evaluate.episodes", "1", "--threads", "1", "--quiet", "--no-report", "--checkpoint.every", "1"]
