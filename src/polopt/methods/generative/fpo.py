@@ -42,6 +42,7 @@ FPO = register(
             "Where one of two actions pays, untold which, tries both and finds it sooner than a Gaussian, each at its better rate.",
             reduce="auc", points=20, own={"rule.lr": 1e-3}, other={"rule.lr": 4e-3},
             settings={"evaluate.greedy": False, "evaluate.episodes": 256},
+            first=100,
         ),
         floor=Floor("point:two", "40k-decisions", 0.75, settings={"optim.compile": "never"}),
         builds_on=("2210.02747",),

@@ -48,6 +48,7 @@ A_STAR_PO = register(
             "table:bank", "12k-decisions",
             "With one answer per prompt, those of the first stage counted, at most 0.02 below GRPO with eight and no KL penalty.",
             baseline="grpo", expect="not worse", margin=0.02, seeds=10, settings={"minibatches": 2}, other={"penalty.coef": 0.0},
+            first=100,
         ),
         neutral={
             "advantage": Neutral(parent={"credit": "whole"}),

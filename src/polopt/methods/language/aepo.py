@@ -42,6 +42,7 @@ AEPO = register(
                 "options.right": 12, "options.families": 1, "options.share": 1.0, "options.noise": 0.1,
                 "options.hardest": 0.2, "options.easiest": 0.5,
             },
+            first=100,
         ),
         floor=Floor("text:spell_backward", "12-updates", 0.5, settings={"evaluate.points": 2, "evaluate.episodes": 128}),
         builds_on=("reinforce",),

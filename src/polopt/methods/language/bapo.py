@@ -39,6 +39,7 @@ BAPO = register(
             "On batches that are each used in four iterations learns faster than GRPO's clip, both without a KL penalty.",
             reduce="auc", seeds=10, other={"penalty.coef": 0.0},
             settings={"source": "window", "source.size": 4, "epochs": 2, "minibatches": 4, "rule.lr": 0.05},
+            first=100,
         ),
         floor=Floor("text:spell_backward", "12-updates", 0.5, settings={"evaluate.points": 2, "evaluate.episodes": 128}),
         builds_on=("ppo", "dapo"),

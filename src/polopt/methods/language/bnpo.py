@@ -35,6 +35,7 @@ BNPO = register(
         miniature=Miniature(
             "table:tree", "40k-decisions", "With some wrong verdicts learns faster than GRPO without its KL penalty.",
             reduce="auc", seeds=10, settings={"options.noise": 0.1}, other={"penalty.coef": 0.0},
+            first=100,
         ),
         floor=Floor("text:spell_backward", "12-updates", 0.5, settings={"evaluate.points": 2, "evaluate.episodes": 128}),
         builds_on=("reinforce",),

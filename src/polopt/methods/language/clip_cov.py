@@ -38,6 +38,7 @@ CLIP_COV = register(
             "table:tree", "40k-decisions", "Is left with more entropy than GRPO without its KL penalty.",
             metric="eval_entropy", seeds=10, settings={"minibatches": 4, "rule.lr": 0.1},
             own={"weight.share": 0.1, "weight.lower": 0.2}, other={"penalty.coef": 0.0},
+            first=100,
         ),
         floor=Floor("text:spell_backward", "12-updates", 0.5, settings={"evaluate.points": 2, "evaluate.episodes": 128}),
         builds_on=("ppo", "dapo"),

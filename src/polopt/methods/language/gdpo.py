@@ -30,6 +30,7 @@ GDPO = register(
             "table:style", "60k-decisions",
             "Where the true score is a tenth of the reward and a proxy the rest, ends with a higher true score than GRPO.",
             seeds=10, settings={"options.proxy": 0.9},
+            first=100,
         ),
         floor=Floor("text:spell_backward", "12-updates", 0.5, settings={"evaluate.points": 2, "evaluate.episodes": 128}),
         neutral={"advantage": Neutral(batch=("success-or-failure",))},

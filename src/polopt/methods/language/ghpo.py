@@ -33,6 +33,7 @@ GHPO = register(
         miniature=Miniature(
             "text:spell", "120k-tokens", "Solves more without hints than GRPO without its KL penalty, at equal tokens.",
             own={"sampler.connector": ""}, other={"penalty": "none"},
+            first=100,
         ),
         neutral={"penalty.kl-ref": Neutral(parent={"coef": 0.0})},
     )

@@ -41,6 +41,7 @@ LP_REG = register(
                 "options.symbols": 8, "options.length": 4, "options.hardest": 0.003, "options.easiest": 0.05,
                 "epochs": 4, "minibatches": 4, "surrogate.low": 1.0, "surrogate.high": 9.0, "aggregate": "token-mean",
             },
+            first=100,
         ),
         floor=Floor("text:spell_backward", "12-updates", 0.5, settings={"evaluate.points": 2, "evaluate.episodes": 128}),
         builds_on=("dapo",),

@@ -39,6 +39,7 @@ MC_GRPO = register(
             "Two answers per prompt learn as fast as GRPO with eight at equal answers, up to 0.01; neither has a KL penalty.",
             reduce="auc", expect="not worse", margin=0.01,
             own={"sampler.group_size": 2, "collect.prompts": 24}, settings={"penalty.coef": 0.0, "epochs": 2},
+            first=100,
         ),
         floor=Floor("text:spell_backward", "12-updates", 0.5, settings={"evaluate.points": 2, "evaluate.episodes": 128}),
         builds_on=("dapo", "dr-grpo"),

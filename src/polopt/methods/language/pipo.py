@@ -46,6 +46,7 @@ PIPO = register(
             "At a rate too large, with small batches and one verdict in ten wrong, ends higher than GRPO with two steps per batch.",
             seeds=10, settings={"options.noise": 0.1, "collect.prompts": 4},
             own={"updates.verify.rule.lr": 0.3, "updates.policy.rule.lr": 0.3}, other={"epochs": 2, "rule.lr": 0.3},
+            first=100,
         ),
         # the second update is off where it has no verdict: its rows then have the column 0 (tests of the run show it bit for bit)
         neutral={"updates": None, "updates.verify.advantage": None},

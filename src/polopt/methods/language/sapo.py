@@ -33,6 +33,7 @@ SAPO = register(
             "table:bank", "40k-decisions",
             "With eight large gradient steps per batch learns faster than GRPO's clip, neither with a KL penalty.",
             reduce="auc", seeds=10, settings={"minibatches": 8, "rule.lr": 0.1}, other={"penalty.coef": 0.0},
+            first=100,
         ),
         floor=Floor("text:spell_backward", "12-updates", 0.5, settings={"evaluate.points": 2, "evaluate.episodes": 128}),
         builds_on=("gspo",),

@@ -34,6 +34,7 @@ VADE = register(
             "table:bank", "150-updates",
             "Of prompts from nearly hopeless to nearly solved, learns faster than GRPO at equal answers and gradient steps.",
             reduce="auc", seeds=10,
+            first=100,
         ),
     )
 )  # fmt: skip

@@ -41,6 +41,7 @@ IQL = register(
         miniature=Miniature(
             "dataset:pendulum-logs?noise=0.6", "4k-rounds", "Ends above TD3+BC on logs of which most actions are random.",
             points=5, settings={"policy.hidden": (64, 64), "source.batch": 64, "evaluate.episodes": 20},
+            first=100,
         ),
         floor=Floor(
             "dataset:pendulum-logs?noise=0.3", "2k-rounds", -1000,

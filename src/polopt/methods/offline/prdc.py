@@ -26,6 +26,7 @@ PRDC = register(
             "Ends above TD3+BC at equal alpha on logs of which most actions are random.",
             points=5,
             settings={"policy.hidden": (64, 64), "source.batch": 64, "evaluate.episodes": 20, "actor.alpha": 40.0},
+            first=100,
         ),
         title="Policy Regularization with Dataset Constraint",
         paper="2306.06569",

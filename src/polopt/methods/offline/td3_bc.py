@@ -31,6 +31,7 @@ TD3_BC = register(
             settings={"policy.hidden": (64, 64), "source.batch": 64, "evaluate.episodes": 20},
             own={"actor.alpha": 40.0},
             other={"actor.alpha": 0.0},
+            first=100,
         ),
         floor=Floor(
             "dataset:pendulum-logs?noise=0.3",

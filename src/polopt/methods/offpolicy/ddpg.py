@@ -53,8 +53,9 @@ DDPG = register(
         miniature=Miniature(
             "gym:Pendulum-v1", "8k-decisions", "The score rises from where it began.",
             settings={"policy.hidden": (64, 64), "source.batch": 64, "evaluate.episodes": 10},
+            first=100,
         ),
-        floor=Floor("gym:Pendulum-v1", "10k-decisions", -400, settings={"evaluate.episodes": 16}),
+        floor=Floor("gym:Pendulum-v1", "10k-decisions", -400, settings={"policy.hidden": (64, 64), "evaluate.episodes": 16}),
     )
 )  # fmt: skip
 DDPG.check()

@@ -50,7 +50,8 @@ SAC = register(
             "Without a reward scale to choose it learns faster than the first version at its own.",
             reduce="auc",
             settings={"policy.hidden": (64, 64), "source.batch": 64, "evaluate.episodes": 10},
+            first=100,
         ),
-        floor=Floor("gym:Pendulum-v1", "10k-decisions", -300, settings={"evaluate.episodes": 16}),
+        floor=Floor("gym:Pendulum-v1", "10k-decisions", -300, settings={"policy.hidden": (64, 64), "evaluate.episodes": 16}),
     )
 )

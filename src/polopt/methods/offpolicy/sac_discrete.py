@@ -43,7 +43,13 @@ SAC_DISCRETE = register(
             reduce="auc",
             settings={"evaluate.episodes": 10},
             own={"policy.hidden": (64, 64), "source.batch": 64, "multiplier.share": 0.5},
+            first=100,
         ),
-        floor=Floor("gym:CartPole-v1", "12k-decisions", 200, settings={"evaluate.episodes": 16, "multiplier.share": 0.5}),
+        floor=Floor(
+            "gym:CartPole-v1",
+            "12k-decisions",
+            200,
+            settings={"policy.hidden": (64, 64), "evaluate.episodes": 16, "multiplier.share": 0.5},
+        ),
     )
 )

@@ -55,7 +55,8 @@ SAC_V1 = register(
             "gym:Pendulum-v1", "8k-decisions", "At DDPG's rate of the critic ends no lower than DDPG, up to 100 of about 1500.",
             expect="not worse", margin=100.0,
             settings={"policy.hidden": (64, 64), "source.batch": 64, "evaluate.episodes": 10, "updates.critic.rule.lr": 1e-3},
+            first=100,
         ),
-        floor=Floor("gym:Pendulum-v1", "10k-decisions", -400, settings={"evaluate.episodes": 16}),
+        floor=Floor("gym:Pendulum-v1", "10k-decisions", -400, settings={"policy.hidden": (64, 64), "evaluate.episodes": 16}),
     )
 )  # fmt: skip

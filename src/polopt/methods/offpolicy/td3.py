@@ -49,7 +49,8 @@ TD3 = register(
                 "updates.critic.rule.lr": 1e-3,
                 "target.gamma": 0.95,
             },
+            first=100,
         ),
-        floor=Floor("gym:Pendulum-v1", "10k-decisions", -300, settings={"evaluate.episodes": 16}),
+        floor=Floor("gym:Pendulum-v1", "10k-decisions", -300, settings={"policy.hidden": (64, 64), "evaluate.episodes": 16}),
     )
 )

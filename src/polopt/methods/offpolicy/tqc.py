@@ -39,7 +39,13 @@ TQC = register(
             "Learns faster than SAC with critics of the same width.",
             reduce="auc",
             settings={"policy.hidden": (64, 64), "source.batch": 64, "evaluate.episodes": 10, "critic.hidden": (64, 64)},
+            first=100,
         ),
-        floor=Floor("gym:Pendulum-v1", "8k-decisions", -300, settings={"evaluate.episodes": 16, "critic.hidden": (64, 64)}),
+        floor=Floor(
+            "gym:Pendulum-v1",
+            "8k-decisions",
+            -300,
+            settings={"policy.hidden": (64, 64), "evaluate.episodes": 16, "critic.hidden": (64, 64)},
+        ),
     )
 )

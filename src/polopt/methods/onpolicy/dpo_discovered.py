@@ -32,6 +32,7 @@ DISCOVERED_PO = register(
             "gym:Pendulum-v1", "40k-decisions",
             "Without tuning it learns as fast as PPO or faster, up to a twentieth of the range of scores.",
             reduce="auc", expect="not worse", margin=60.0, seeds=8, settings={"evaluate.episodes": 10},
+            first=100,
         ),
         floor=Floor("gym:CartPole-v1", "25k-decisions", 300, settings={"evaluate.episodes": 16, "optim.compile": "never"}),
         builds_on=("2201.02373",),

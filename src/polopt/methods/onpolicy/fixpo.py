@@ -36,6 +36,7 @@ FIXPO = register(
             "gym:Pendulum-v1", "40k-decisions",
             "Learns as fast as PPO or faster, up to a twentieth of the range of scores.",
             reduce="auc", expect="not worse", margin=60.0, seeds=8, settings={"evaluate.episodes": 10},
+            first=100,
         ),
         floor=Floor("gym:CartPole-v1", "25k-decisions", 300, settings={"evaluate.episodes": 16, "optim.compile": "never"}),
         builds_on=("trpo",),

@@ -38,7 +38,8 @@ LPO = register(
             settings={
                 "lr": 3e-3, "minibatch": 256, "epochs": 10, "collect.envs": 16, "collect.steps": 64, "evaluate.episodes": 16,
             },
-            other={"surrogate.xi": 1e9},  # no drift at all: the plain ratio
+            other={"surrogate.xi": 1e9},  # no drift at all: the plain ratio,
+            first=100,
         ),
         floor=Floor("gym:CartPole-v1", "25k-decisions", 200, settings={"evaluate.episodes": 16, "optim.compile": "never"}),
         builds_on=("2201.02373", "1703.03864"),

@@ -34,6 +34,7 @@ SPO = register(
             "With seven hidden layers and twenty epochs, ratios end each update closer to 1 than PPO's.",
             metric="ratio_deviation", reduce="auc", expect="lower", points=20,
             settings={"policy.hidden": (64,) * 7, "epochs": 20, "evaluate.episodes": 10},
+            first=100,
         ),
         floor=Floor("gym:CartPole-v1", "25k-decisions", 300, settings={"evaluate.episodes": 16, "optim.compile": "never"}),
         builds_on=("trpo",),

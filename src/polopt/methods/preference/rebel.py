@@ -47,6 +47,7 @@ REBEL = register(
             settings={
                 "options.reward": "graded", "options.symbols": 10, "options.noise": 1.0, "reward.beta": 0.0, "epochs": 8,
             },
+            first=100,
         ),
         neutral={"surrogate": Neutral(own={"eta": 8.0}, batch=("on-policy", "pairs"), equal="gradient")},
     )
