@@ -51,14 +51,19 @@ BENCHMARKS: dict[str, dict[str, Any]] = {
     "overhead": {"args": [], "contenders": ["overhead"], "threads": 1, "higher": False},
     # 16 x 512 tokens, 50,000 symbols, a model of width 64, chunks of 671 tokens
     "vocabulary": {
-        "args": ["16", "512", "50000", "64", str(1 << 25)], "contenders": ["vocabulary"], "threads": 1, "higher": False,
+        "args": ["16", "512", "50000", "64", str(1 << 25)],
+        "contenders": ["vocabulary"],
+        "threads": 1,
+        "higher": False,
     },
     "padding": {"args": [], "contenders": ["padding"], "threads": 1, "higher": False},
     "replay": {"args": [], "contenders": ["replay"], "threads": 1, "higher": False},
     # HalfCheetah, batch 256, layers of 256 and 256, one update per step: method, steps, threads, how
     **{
         f"{method}-{how}-{threads}": {
-            "args": [method, "960", str(threads), how], "threads": threads, "higher": False,
+            "args": [method, "960", str(threads), how],
+            "threads": threads,
+            "higher": False,
             "contenders": ["replay_polopt", "replay_peer:stable_baselines3", *(["replay_peer:sbx"] if method != "ddpg" else [])],
         }
         for method in ("sac", "td3", "ddpg")

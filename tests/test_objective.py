@@ -14,14 +14,20 @@ from torch import Tensor
 from polopt.batch import Batch, Totals
 from polopt.errors import CallError
 from polopt.method import Method, Update
-from polopt.part import Part
+from polopt.part import Can, Part
 from polopt.parts.advantage.running_mean import RunningMean
 from polopt.parts.critic import ValueLoss
 from polopt.parts.penalty.entropy import EntropyBonus
 from polopt.registry import all_methods, get_method
 
 torch.set_num_threads(1)
-METHODS = sorted(all_methods())
+USUAL = {"logp", "value", "value_next", "entropy", "return"}
+#: methods whose losses are about the statistics that the batches here have; the others' parts ask networks, flows or tables
+METHODS = sorted(
+    name for name, m in all_methods().items()
+    if {n.partition("@")[0] for n in m.needs()} <= USUAL and Can.NETS not in m.requires()
+    and not any(p.table for p in m.parts().values() if p.kind == "advantage")
+)  # fmt: skip
 MASK = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0], [1, 1, 1]]).bool()
 
 

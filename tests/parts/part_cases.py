@@ -60,7 +60,9 @@ IDS = [p.describe() for p in EVERY]
 
 def tensors(shape: tuple[int, ...] = (3, 4), seed: int = 0) -> dict[str, Tensor]:
     g = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(*shape, generator=g, dtype=torch.float64) for name in (*STATS, "return@old", "advantage", "reward", *MORE)}
+    return {
+        name: torch.randn(*shape, generator=g, dtype=torch.float64) for name in (*STATS, "return@old", "advantage", "reward", *MORE)
+    }
 
 
 def batch_of(x: Mapping[str, Tensor], mask: Tensor = MASK, **more: Any) -> Batch:

@@ -95,9 +95,10 @@ def test_deviations_are_clamped() -> None:
 
 
 def test_a_draw_has_the_score_of_its_action() -> None:
+    g = torch.Generator().manual_seed(0)
     for head, out, log_std in (
-        (SquashedNormal(box((-1, 1), (-2, 2))), torch.randn(50, 4, dtype=F64) * 0.5, None),
-        (BoundedNormal(box((-1, 1), (-2, 2))), torch.randn(50, 2, dtype=F64) * 0.3, torch.full((2,), -3.0, dtype=F64)),
+        (SquashedNormal(box((-1, 1), (-2, 2))), torch.randn(50, 4, dtype=F64, generator=g) * 0.5, None),
+        (BoundedNormal(box((-1, 1), (-2, 2))), torch.randn(50, 2, dtype=F64, generator=g) * 0.3, torch.full((2,), -3.0, dtype=F64)),
     ):
         action, logp = head.draw(out, log_std, Draws(torch.Generator().manual_seed(0)))
         torch.testing.assert_close(head.score(out, log_std, action), logp, rtol=1e-6, atol=1e-6)

@@ -69,7 +69,7 @@ def record(policy: Any, task: Any, path: Path | str, *, seed: int = TRAIN_SEEDS,
         options: dict[str, Any] = (
             {"duration": 1000 / rate, "loop": 0} if path.suffix == ".gif" else {"fps": rate, "macro_block_size": 1}
         )
-        imageio.mimsave(str(temporary), shots, **options)
+        imageio.mimsave(str(temporary), list[Any](shots), **options)
         temporary.replace(path)
     except (OSError, ImportError, ValueError) as error:
         temporary.unlink(missing_ok=True)

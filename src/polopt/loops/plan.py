@@ -53,9 +53,7 @@ def planned_rounds(method: Method, settings: Settings) -> int:
     return int(max(0.0, budget.amount - waits) * float(getattr(source, "utd", 0.0))) if budget.unit == "decisions" else 0
 
 
-def compile_plan(
-    method: Method, task: Task, settings: Settings, executors: Iterable[Executor], *, rounds: bool = False
-) -> Compile:
+def compile_plan(method: Method, task: Task, settings: Settings, executors: Iterable[Executor], *, rounds: bool = False) -> Compile:
     """Whether and how compiling pays, decided once from the configuration and kept in the checkpoint.
 
     rounds: updates are made in rounds, on what is kept.

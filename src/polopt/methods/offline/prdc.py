@@ -8,7 +8,8 @@ beta the neighbour is found at the same state, as in TD3+BC. Ran et al., "Policy
 offline reinforcement learning" (arXiv 2306.06569, ICML 2023).
 
 Defaults: alpha 2.5 (HalfCheetah 40, AntMaze 7.5), beta 2 (AntMaze 7.5), one neighbour; more are averaged. The tree over the data
-lives on the host and is built once. Only the action part of the neighbour pulls, as in the released code.
+lives on the host and is built once. Only the action part of the neighbour pulls, as in the released
+code. Not included: approximate search for large data.
 """
 
 from polopt.claim import Miniature, Neutral

@@ -5,7 +5,8 @@
 Against TD3: a dataset in place of a replay, no exploration, the cloning term, and observations standardised by the dataset's
 statistics. Fujimoto & Gu, "A minimalist approach to offline reinforcement learning" (arXiv 2106.06860, NeurIPS 2021).
 
-Defaults: alpha 2.5, the rest as TD3. The cloning term is averaged over action components, as in the released code.
+Defaults: alpha 2.5, the rest as TD3. The cloning term is averaged over action components, as in the released code. Not included:
+online fine-tuning (use a recipe of stages).
 """
 
 from polopt.claim import Floor, Miniature

@@ -12,7 +12,8 @@ Haarnoja et al., "Soft actor-critic algorithms and applications" (arXiv 1812.059
 temperature, slow copies. Evaluation acts with tanh(m).
 
 Defaults: rates 3e-4, tau 0.005, batch 256, H minus the number of action components, log alpha 0 at the start, log-deviations within
-[-20, 2]. As in the released code the multiplier's loss is in log alpha.
+[-20, 2]. As in the released code the multiplier's loss is in log alpha. Not included: learnt
+reward scales, pixels.
 """
 
 from polopt.claim import Floor, Miniature

@@ -10,7 +10,8 @@ a fine control of overestimation in place of the minimum. Kuznetsov et al., "Con
 mixture of continuous distributional quantile critics" (arXiv 2005.04269, ICML 2020).
 
 Defaults: N 5, M 25, d 2 per critic (Hopper 5, HalfCheetah 0), critics of three layers of 512, rates 3e-4. Losses of critics are
-added up as in the paper; the released code averages them (`critic.over mean`).
+added up as in the paper; the released code averages them (`critic.over mean`). Not included: a number
+of dropped atoms that adapts.
 """
 
 from polopt.claim import Floor, Miniature

@@ -30,7 +30,9 @@ class BehaviourCloned(DeterministicGradient):
     alpha: Annotated[float, Range(ge=0), "weight of the critic against cloning; 0 clones"] = 2.5
     equation: ClassVar[str] = "l = -λ Q(s, μ(s)) + mean_j (μ(s)_j - a_j)²,  λ = α / mean|Q|"
 
-    def __call__(self, batch: Batch, nets: Nets) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+    def __call__(  # type: ignore[override]  # it also tells the distance
+        self, batch: Batch, nets: Nets
+    ) -> tuple[Float[Tensor, "B T"], dict[str, Tensor]]:
         """The loss of each decision; tells the distance to what is cloned."""
         obs = seen(batch)
         action = nets.mode(obs)
