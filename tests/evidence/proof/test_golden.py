@@ -14,7 +14,9 @@ from polopt.batch import Batch
 from polopt.errors import CallError
 from polopt.evidence.proof import checks, golden, packed, small, stored
 from polopt.method import Method
+from polopt.part import Can
 from polopt.parts.surrogate.clip import Clip
+from polopt.recipe import Recipe
 from polopt.registry import all_methods, get_method
 
 torch.set_num_threads(1)
@@ -27,8 +29,12 @@ def test_the_stored_trajectory_is_repeated(name: str) -> None:
     path = stored.find(stored.GOLDEN, f"{name}.safetensors")
     assert path is not None
     kept = golden.load(path)
-    assert len(kept.chain) == golden.UPDATES + 1 == len(set(kept.chain))  # every update moves the parameters
-    assert path.stat().st_size < 200_000
+    moves, method = len(set(kept.chain)) - 1, get_method(name)
+    # every update moves the parameters, but for those of stages that only estimate something
+    assert len(kept.chain) == golden.UPDATES + 1
+    assert moves == golden.UPDATES or (isinstance(method, Recipe) and moves >= golden.UPDATES - 5)
+    # a language model is larger than a table
+    assert path.stat().st_size < (1_200_000 if Can.SOLUTIONS in method.requires() else 300_000)
     found = golden.check(get_method(name), kept)
     assert found.ok, found.message
 

@@ -32,6 +32,8 @@ def world(method: Method) -> Small:
         return _control(method)
     if Can.FLOW in method.requires():
         return _flow(method)
+    if Can.SOLUTIONS in method.requires():
+        return _text()
     grouped = getattr(method.sampler, "group_size", 1) > 1
     settings: dict[str, Any] = {
         "seed": 0, "threads": 1, "collect.prompts": ANSWERS // GROUP if grouped else ANSWERS, "evaluate.episodes": 8,
@@ -58,6 +60,14 @@ def _control(method: Method) -> Small:
     if getattr(method.critic, "hidden", None) is not None:
         settings["critic.hidden"] = (16, 16)
     return Small("gym:CartPole-v1" if Can.ENUMERATE in method.requires() else "gym:Pendulum-v1", settings)
+
+
+def _text() -> Small:
+    """Words to reverse, with a solution to take hints from; long ones, so that some groups fail."""
+    return Small("text:spell", {
+        "seed": 0, "threads": 1, "collect.prompts": 2, "sampler.group_size": GROUP, "evaluate.episodes": 4, "evaluate.every": 0,
+        "options.min_length": 8,
+    })  # fmt: skip
 
 
 def _flow(method: Method) -> Small:
