@@ -53,6 +53,7 @@ AQ_SAC = register(
             first=100,
         ),
         title="Annealed Q-learning (SAC)",
+        floor=Floor("gym:Pendulum-v1", "8k-decisions", -500, settings=SMALL),
         neutral={"critic": Neutral(own={"start": 0.5, "end": 0.5, "scale": 1.0})},
         **COMMON,
     )
