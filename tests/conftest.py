@@ -7,6 +7,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("NO_COLOR", "1")
 
+import hypothesis
 import torch
 from identities import add_options as pytest_addoption
 from identities import configure as pytest_configure
