@@ -13,12 +13,13 @@ from torch import Tensor
 
 from polopt.batch import Batch, Totals
 from polopt.errors import CallError
-from polopt.method import Method, Update
+from polopt.method import Method
 from polopt.part import Can, Part
 from polopt.parts.advantage.running_mean import RunningMean
 from polopt.parts.critic import ValueLoss
 from polopt.parts.penalty.entropy import EntropyBonus
 from polopt.registry import all_methods, get_method
+from polopt.update import Update
 
 torch.set_num_threads(1)
 USUAL = {"logp", "value", "value_next", "entropy", "return"}

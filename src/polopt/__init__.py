@@ -34,10 +34,11 @@ if TYPE_CHECKING:
     )
     from polopt.batch import Batch
     from polopt.errors import CallError, PoloptError
-    from polopt.method import Method, Update
+    from polopt.method import Method
     from polopt.part import Part, Range, register_part
     from polopt.recipe import Recipe, Stage
     from polopt.registry import register
+    from polopt.update import Update
 
     __version__: str
 

@@ -9,10 +9,11 @@ from dataclasses import MISSING, fields
 from itertools import pairwise
 from typing import Any
 
-from polopt.method import UPDATE_SLOTS, Method
+from polopt.method import Method
 from polopt.part import Part
 from polopt.paths import Leaf, Slot, method_leaves
 from polopt.recipe import Recipe, stages_of
+from polopt.update import UPDATE_SLOTS
 
 WIDTH = 120
 

@@ -20,7 +20,8 @@ from polopt.pooling import not_half, widened
 
 if TYPE_CHECKING:
     from polopt.interfaces import Nets
-    from polopt.method import Method, Slots, Update
+    from polopt.method import Method
+    from polopt.update import Slots, Update
 
 Diagnostics = dict[str, Tensor]
 

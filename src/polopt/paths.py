@@ -12,11 +12,12 @@ from dataclasses import dataclass, fields, is_dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
 from polopt.errors import CallError
-from polopt.method import OPTIONAL, PLURAL, SLOTS, UPDATE_SLOTS, Method, Update
+from polopt.method import Method
 from polopt.part import KINDS, Part, Range, hints, make_part
 from polopt.recipe import OWN_SETTINGS, STAGE_FIELDS, Recipe, Stage, stages_of
 from polopt.settings import Settings
 from polopt.suggest import suggestion
+from polopt.update import OPTIONAL, PLURAL, SLOTS, UPDATE_SLOTS, Update
 
 T = TypeVar("T")
 

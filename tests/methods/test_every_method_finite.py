@@ -17,10 +17,11 @@ from polopt.columns import last_valid
 from polopt.draws import Draws
 from polopt.evidence.proof.batches import CASES
 from polopt.evidence.proof.invariance import batches
-from polopt.method import Method, Update
+from polopt.method import Method
 from polopt.parts.surrogate.score import Ratio
 from polopt.registry import all_methods, get_method
 from polopt.stats import split
+from polopt.update import Update
 
 torch.set_num_threads(1)
 #: Losses that ask networks for actions and their values are not functions of a batch's statistics.

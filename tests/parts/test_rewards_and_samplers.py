@@ -12,13 +12,13 @@ import torch
 from polopt.batch import Batch
 from polopt.errors import CallError, MissingStatistic
 from polopt.interfaces import Plan, Request
-from polopt.method import Update
 from polopt.part import Can
 from polopt.parts.reward.kl import KLInReward
 from polopt.parts.reward.overlong import SoftOverlong
 from polopt.parts.sampler.dynamic import DynamicSampling
 from polopt.parts.sampler.fresh import Fresh
 from polopt.registry import get_method
+from polopt.update import Update
 
 torch.set_num_threads(1)
 

@@ -16,12 +16,13 @@ from polopt.interfaces import Nets, Policy, State, Terms
 from polopt.loops.compiled import CompiledSteps, can_compile
 from polopt.loops.flat import FlatParameters
 from polopt.memory import Memory
-from polopt.method import Method, Update
+from polopt.method import Method
 from polopt.nets.ensemble import Number
 from polopt.objective import Diagnostics
 from polopt.part import Can
 from polopt.settings import OptimSettings
 from polopt.stats import NOW, find_stat, split
+from polopt.update import Update
 
 
 def add_up(total: Diagnostics, more: Diagnostics) -> None:

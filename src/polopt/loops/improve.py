@@ -24,11 +24,12 @@ from polopt.loops.plan import Compile, compile_plan
 from polopt.loops.rounds import Rounds
 from polopt.loops.supplies import discount_of, open_supply
 from polopt.loops.whole import Loop
-from polopt.method import Method, Update
+from polopt.method import Method
 from polopt.part import Moment, call, union
 from polopt.run import RunFolder, Streams
 from polopt.settings import Settings
 from polopt.stats import VIEWS, split, with_prerequisites
+from polopt.update import Update
 
 
 class Improve(Loop):

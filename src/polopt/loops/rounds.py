@@ -16,8 +16,8 @@ from polopt.batch import Batch, Clock, Totals
 from polopt.errors import PoloptError
 from polopt.interfaces import State
 from polopt.loops.executor import Executor
-from polopt.method import Update
 from polopt.objective import Diagnostics
+from polopt.update import Update
 
 
 def drawn(info: Mapping[str, Tensor]) -> dict[str, Tensor]:

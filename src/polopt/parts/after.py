@@ -12,7 +12,8 @@ from torch import Tensor
 from polopt.part import Part, Range, register_part
 
 if TYPE_CHECKING:
-    from polopt.method import Method, Update
+    from polopt.method import Method
+    from polopt.update import Update
 
 
 @register_part("after", "polyak")

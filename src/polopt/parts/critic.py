@@ -15,7 +15,8 @@ from polopt.part import Can, Part, Range, register_part
 from polopt.parts.shapes import assert_decisions
 
 if TYPE_CHECKING:
-    from polopt.method import Method, Update
+    from polopt.method import Method
+    from polopt.update import Update
 
 
 @register_part("critic", "value")

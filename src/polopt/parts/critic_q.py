@@ -16,7 +16,8 @@ from polopt.part import Can, Net, Part, Range, register_part
 from polopt.parts.transitions import seen, taken
 
 if TYPE_CHECKING:
-    from polopt.method import Method, Update
+    from polopt.method import Method
+    from polopt.update import Update
 
 
 @register_part("critic", "q")

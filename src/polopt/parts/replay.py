@@ -10,7 +10,8 @@ from polopt.parts.sampler.nothing import Nothing
 from polopt.parts.source import replay_without_critics
 
 if TYPE_CHECKING:
-    from polopt.method import Method, Update
+    from polopt.method import Method
+    from polopt.update import Update
 
 
 @register_part("source", "ring")

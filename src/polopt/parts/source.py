@@ -10,7 +10,8 @@ from polopt.batch import Batch
 from polopt.part import Can, Part, register_part
 
 if TYPE_CHECKING:
-    from polopt.method import Method, Update
+    from polopt.method import Method
+    from polopt.update import Update
 
 
 def critics_without_replay(method: Method) -> str | None:

@@ -14,7 +14,8 @@ from polopt.part import Can, Part, Range, register_part
 from polopt.parts.source import critics_without_replay
 
 if TYPE_CHECKING:
-    from polopt.method import Method, Update
+    from polopt.method import Method
+    from polopt.update import Update
 
 
 @register_part("source", "window")

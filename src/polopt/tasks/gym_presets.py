@@ -6,8 +6,8 @@ from collections.abc import Callable
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-from polopt.method import Update
 from polopt.part import Can
+from polopt.update import Update
 
 #: How a method uses what it collects: whole episodes; fragments in several epochs or minibatches; one step within a trust
 #: region; one small gradient step per fragment; or many on transitions that are kept.

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from polopt.method import Method, Update
+    from polopt.method import Method
+    from polopt.update import Update
 
 #: Answers per iteration, and how many of them answer the same prompt where a method compares such answers.
 ANSWERS, GROUP = 64, 8

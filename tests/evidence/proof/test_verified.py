@@ -22,7 +22,7 @@ from polopt.evidence.proof.batches import random_batches
 from polopt.evidence.proof.difference import difference, way
 from polopt.evidence.proof.sides import losses, with_part
 from polopt.evidence.proof.verified import TOLERANCE, Line, Proof, verify
-from polopt.method import Method, Update
+from polopt.method import Method
 from polopt.methods.language.cispo import CISPO
 from polopt.methods.language.grpo import GRPO
 from polopt.methods.language.gspo import GSPO
@@ -41,6 +41,7 @@ from polopt.parts.reward.kl import KLInReward
 from polopt.parts.reward.overlong import SoftOverlong
 from polopt.parts.surrogate.clip import Clip
 from polopt.parts.surrogate.score import Ratio
+from polopt.update import Update
 
 torch.set_num_threads(1)
 CHILDREN = [name for name, m in polopt.methods().items() if m.parent is not None]

@@ -16,9 +16,10 @@ from polopt.draws import Draws
 from polopt.evidence.proof import actors
 from polopt.evidence.proof.batches import random_batches
 from polopt.memory import Memory
-from polopt.method import Method, Update
+from polopt.method import Method
 from polopt.part import Can, union
 from polopt.stats import split
+from polopt.update import Update
 
 TOLERANCE = 1e-9  # relative to the largest entry, in float64
 CUTS = ((1,), (2, 5), (1, 2, 3, 4))

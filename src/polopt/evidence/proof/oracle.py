@@ -18,7 +18,7 @@ from torch import Tensor
 
 from polopt import objective
 from polopt.batch import Batch
-from polopt.method import Method, Update, default_rule
+from polopt.method import Method
 from polopt.parts.advantage.beta_normalised import BetaNormalised
 from polopt.parts.advantage.decoupled import Decoupled
 from polopt.parts.advantage.gae import GAE, NStep
@@ -38,6 +38,7 @@ from polopt.policies.table import TablePolicy
 from polopt.stats import NOW, split
 from polopt.tasks.table_tree import Tree
 from polopt.tasks.table_world import World
+from polopt.update import Update, default_rule
 
 TOLERANCE = 1e-10
 #: Group sizes that are enumerated.

@@ -12,9 +12,10 @@ from torch import Tensor
 from polopt.batch import Batch
 from polopt.errors import CallError, unknown
 from polopt.evidence.proof import actors
-from polopt.method import PLURAL, UPDATE_SLOTS, Method, Update
+from polopt.method import Method
 from polopt.part import Part, union
 from polopt.paths import Leaf, Slot, method_leaves
+from polopt.update import PLURAL, UPDATE_SLOTS, Update
 
 T = TypeVar("T", Method, Update)
 #: Slots whose parts act in the loss.

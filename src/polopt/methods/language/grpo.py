@@ -14,7 +14,6 @@ before the KL term by default (its `use_bias_correction_kl`).
 """
 
 from polopt.claim import Floor, Miniature, Neutral
-from polopt.method import Update
 from polopt.methods.onpolicy.ppo import PPO
 from polopt.parts.advantage.group import GroupBaseline
 from polopt.parts.aggregate import SeqMeanTokenMean
@@ -22,6 +21,7 @@ from polopt.parts.penalty.kl import KLToReference
 from polopt.parts.rule.descend import Descend
 from polopt.parts.sampler.fresh import Fresh
 from polopt.registry import register
+from polopt.update import Update
 
 GRPO = register(
     PPO.but(

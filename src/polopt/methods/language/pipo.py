@@ -17,12 +17,12 @@ PPO, whose generalised advantages phi scales, and the code's filter of prompts.
 """
 
 from polopt.claim import Floor, Miniature
-from polopt.method import Update
 from polopt.methods.language.grpo import GRPO
 from polopt.parts.advantage.improvement import Improvement
 from polopt.parts.previous import Previous
 from polopt.parts.rule.descend import Descend
 from polopt.registry import register
+from polopt.update import Update
 
 VERIFY = Update(
     "verify", on="previous", terms=("surrogate",), advantage=Improvement(),

@@ -13,13 +13,13 @@ plays its part).
 """
 
 from polopt.claim import Floor, Miniature, Neutral
-from polopt.method import Update
 from polopt.methods.onpolicy.ppo import PPO
 from polopt.parts.advantage.gae import GAE
 from polopt.parts.critic import ValueLoss
 from polopt.parts.reward.kl import KLInReward
 from polopt.parts.rule.descend import Descend
 from polopt.registry import register
+from polopt.update import Update
 
 PPO_LM = register(
     PPO.but(

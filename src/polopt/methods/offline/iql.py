@@ -16,7 +16,6 @@ rate, reward scaling by dataset.
 from dataclasses import replace
 
 from polopt.claim import Floor, Miniature
-from polopt.method import Update
 from polopt.methods.offline.td3_bc import TD3_BC
 from polopt.parts.actor.offline import AdvantageWeighted
 from polopt.parts.after import Polyak
@@ -24,6 +23,7 @@ from polopt.parts.critic_q import StateRegression
 from polopt.parts.target.deterministic import OfData
 from polopt.parts.target.soft import StateValueTarget
 from polopt.registry import register
+from polopt.update import Update
 
 CRITIC, ACTOR = TD3_BC.updates
 

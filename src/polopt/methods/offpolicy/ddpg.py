@@ -16,7 +16,7 @@ U(-0.003, 0.003) (here U(-1/sqrt(n), 1/sqrt(n)) of n inputs, as all layers), bat
 """
 
 from polopt.claim import Floor, Miniature
-from polopt.method import Method, Update
+from polopt.method import Method
 from polopt.parts.actor.pathwise import DeterministicGradient
 from polopt.parts.after import Polyak
 from polopt.parts.aggregate import TokenMean
@@ -27,6 +27,7 @@ from polopt.parts.rule.descend import Descend
 from polopt.parts.sampler.fresh import Fresh
 from polopt.parts.target.deterministic import DeterministicTarget
 from polopt.registry import register
+from polopt.update import Update
 
 DDPG = register(
     Method(

@@ -17,13 +17,13 @@ reward scales, pixels.
 """
 
 from polopt.claim import Floor, Miniature
-from polopt.method import Update
 from polopt.methods.offpolicy.sac_v1 import ACTOR, CRITIC, RULE, SAC_V1
 from polopt.parts.actor.pathwise import SoftGradient
 from polopt.parts.after import Polyak
 from polopt.parts.multiplier import Temperature
 from polopt.parts.target.soft import SoftTarget
 from polopt.registry import register
+from polopt.update import Update
 
 SAC = register(
     SAC_V1.but(

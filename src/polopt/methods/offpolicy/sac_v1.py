@@ -17,7 +17,6 @@ released code takes all gradients first. Not included: the Gaussian mixture poli
 from dataclasses import replace
 
 from polopt.claim import Floor, Miniature
-from polopt.method import Update
 from polopt.methods.offpolicy.ddpg import DDPG
 from polopt.parts.actor.pathwise import SoftGradient
 from polopt.parts.after import Polyak
@@ -25,6 +24,7 @@ from polopt.parts.critic_q import QRegression, StateRegression
 from polopt.parts.rule.descend import Descend
 from polopt.parts.target.soft import SoftState, StateValueTarget
 from polopt.registry import register
+from polopt.update import Update
 
 RULE = Descend(lr=3e-4, max_grad_norm=None)
 CRITIC, ACTOR = (replace(u, rule=RULE, after=()) for u in DDPG.updates)

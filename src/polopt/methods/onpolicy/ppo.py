@@ -15,13 +15,13 @@ kl-old-adaptive` with `surrogate ratio`). Not included: recurrent policies.
 from math import inf
 
 from polopt.claim import Floor, Miniature, Neutral
-from polopt.method import Update
 from polopt.methods.onpolicy.trpo import TRPO
 from polopt.parts.advantage.gae import GAE
 from polopt.parts.critic import ValueLoss
 from polopt.parts.rule.descend import Descend
 from polopt.parts.surrogate.clip import Clip
 from polopt.registry import register
+from polopt.update import Update
 
 PPO = register(
     TRPO.but(

@@ -11,13 +11,14 @@ Not included: eligibility traces for continuing tasks, Williams' per-unit learni
 """
 
 from polopt.claim import Floor, Miniature
-from polopt.method import Method, Update
+from polopt.method import Method
 from polopt.parts.advantage.monte_carlo import MonteCarlo
 from polopt.parts.aggregate import SeqMeanTokenSum
 from polopt.parts.rule.descend import Descend
 from polopt.parts.sampler.fresh import Fresh
 from polopt.parts.surrogate.score import ScoreFunction
 from polopt.registry import register
+from polopt.update import Update
 
 REINFORCE = register(
     Method(

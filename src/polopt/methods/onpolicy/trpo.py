@@ -11,7 +11,6 @@ Single-path sampling. Not included: the vine procedure, Fisher products on a sub
 """
 
 from polopt.claim import Floor, Miniature, Neutral
-from polopt.method import Update
 from polopt.methods.onpolicy.reinforce_baseline import REINFORCE_BASELINE
 from polopt.parts.advantage.gae import GAE
 from polopt.parts.aggregate import TokenMean
@@ -20,6 +19,7 @@ from polopt.parts.rule.descend import Descend
 from polopt.parts.rule.natural_gradient import NaturalGradient
 from polopt.parts.surrogate.score import Ratio
 from polopt.registry import register
+from polopt.update import Update
 
 TRPO = register(
     REINFORCE_BASELINE.but(

@@ -19,7 +19,8 @@ from polopt.parts.actor.pathwise import DeterministicGradient
 from polopt.parts.transitions import Pool, seen, taken, valued
 
 if TYPE_CHECKING:
-    from polopt.method import Method, Update
+    from polopt.method import Method
+    from polopt.update import Update
 
 
 @register_part("actor", "behaviour-cloned")

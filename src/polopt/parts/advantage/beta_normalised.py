@@ -17,7 +17,8 @@ from polopt.parts.advantage.channels import outcomes, pooled
 from polopt.pooling import not_half
 
 if TYPE_CHECKING:
-    from polopt.method import Method, Update
+    from polopt.method import Method
+    from polopt.update import Update
 
 LARGEST = 1e6  # of the weight 1/f, which is infinite where the density is 0
 

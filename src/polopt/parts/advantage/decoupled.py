@@ -16,7 +16,8 @@ from polopt.parts.advantage.channels import outcomes, pooled
 from polopt.pooling import not_half
 
 if TYPE_CHECKING:
-    from polopt.method import Method, Update
+    from polopt.method import Method
+    from polopt.update import Update
 
 
 @register_part("advantage", "decoupled")

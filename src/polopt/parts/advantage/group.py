@@ -13,7 +13,8 @@ from polopt.batch import Batch
 from polopt.part import Can, Part, Range, register_part, register_preset
 
 if TYPE_CHECKING:
-    from polopt.method import Method, Update
+    from polopt.method import Method
+    from polopt.update import Update
 
 
 @register_part("advantage", "group")

@@ -14,7 +14,8 @@ from polopt.errors import MissingStatistic
 from polopt.part import Can, Part, Range, register_part
 
 if TYPE_CHECKING:
-    from polopt.method import Method, Update
+    from polopt.method import Method
+    from polopt.update import Update
 
 
 @register_part("advantage", "improvement")

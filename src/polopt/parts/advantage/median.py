@@ -15,7 +15,8 @@ from polopt.part import Can, Part, Range, register_part
 from polopt.pooling import not_half
 
 if TYPE_CHECKING:
-    from polopt.method import Method, Update
+    from polopt.method import Method
+    from polopt.update import Update
 
 #: Advantages that are not larger count as none.
 NONE = 1e-6

@@ -18,7 +18,8 @@ from polopt.pooling import not_half
 from polopt.stats import FILTERED
 
 if TYPE_CHECKING:
-    from polopt.method import Method, Update
+    from polopt.method import Method
+    from polopt.update import Update
 
 
 @register_part("penalty", "low-probability")

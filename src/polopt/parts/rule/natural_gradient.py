@@ -15,7 +15,8 @@ from polopt.interfaces import Problem, State
 from polopt.part import Can, Part, Range, register_part
 
 if TYPE_CHECKING:
-    from polopt.method import Method, Update
+    from polopt.method import Method
+    from polopt.update import Update
 
 DAMPING_RETRIES = 5  # each raises the damping tenfold
 

@@ -10,7 +10,8 @@ from polopt.part import Can, Part, Range, register_part
 from polopt.parts.advantage.median import is_middle
 
 if TYPE_CHECKING:
-    from polopt.method import Method, Update
+    from polopt.method import Method
+    from polopt.update import Update
 
 
 @register_part("sampler", "spare")

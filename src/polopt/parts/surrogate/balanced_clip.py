@@ -18,7 +18,8 @@ from polopt.parts.surrogate.on_ratio import OnRatio
 from polopt.pooling import not_half
 
 if TYPE_CHECKING:
-    from polopt.method import Method, Update
+    from polopt.method import Method
+    from polopt.update import Update
 
 
 def stairs(start: float, stop: float, step: float) -> list[float]:

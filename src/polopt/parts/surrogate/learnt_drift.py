@@ -16,7 +16,8 @@ from polopt.part import Range, register_part
 from polopt.parts.surrogate.drift import Decisions, Drift, clip_drift
 
 if TYPE_CHECKING:
-    from polopt.method import Method, Update
+    from polopt.method import Method
+    from polopt.update import Update
 
 INPUTS, HIDDEN = 8, 128
 SHAPES: dict[str, tuple[int | None, ...]] = {"hidden": (None, INPUTS), "out": (None,)}

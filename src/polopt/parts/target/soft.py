@@ -16,7 +16,8 @@ from polopt.parts.multiplier import lacks_temperature, temperature
 from polopt.parts.transitions import Pool, discount, expected, following, of_actions, rewards, seen, valued
 
 if TYPE_CHECKING:
-    from polopt.method import Method, Update
+    from polopt.method import Method
+    from polopt.update import Update
 
 
 @register_part("target", "soft")

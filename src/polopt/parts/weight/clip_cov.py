@@ -18,7 +18,8 @@ from polopt.parts.covariance import centred_product, first, share_of
 from polopt.parts.shapes import assert_decisions
 
 if TYPE_CHECKING:
-    from polopt.method import Method, Update
+    from polopt.method import Method
+    from polopt.update import Update
 
 
 @register_part("weight", "clip-cov")
