@@ -48,13 +48,6 @@ class FirstOrder(Part):
         scale = {"constant": 1.0, "linear": 1.0 - f, "cosine": 0.5 * (1 + math.cos(math.pi * f))}[self.schedule]
         return self.lr * scale
 
-    def make_optimizer(self, params: list[Tensor]) -> torch.optim.Optimizer:
-        """PyTorch's optimiser, fused where it can be: fused ones obey `found_inf` without a device sync."""
-        if self.optimizer == "sgd":
-            return torch.optim.SGD(params, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay, fused=True)
-        kind = torch.optim.Adam if self.optimizer == "adam" else torch.optim.AdamW
-        return kind(params, lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay, fused=True)
-
 
 @register_part("rule", "descend")
 @dataclass(frozen=True)
@@ -86,44 +79,26 @@ class DescendStepper:
         self.rule = rule
         self.parameters = [p for p in parameters if p.requires_grad]
         self.states = [functional.initial(rule, p) for p in self.parameters]
-        # RMSProp has no fused form, and none in PyTorch with epsilon inside the root
-        self.optimizer = None if rule.optimizer.startswith("rmsprop") else rule.make_optimizer(self.parameters)
-        if self.optimizer is not None:
-            self.optimizer.state.update(zip(self.parameters, self.states, strict=True))
 
     def step(self, problem: Problem) -> dict[str, Tensor]:
         """One step; returns the problem's diagnostics with `grad_norm` (before clipping), `lr` and `skipped`."""
         report = problem.backward()
         return {**report, **self.apply(problem.clock.fraction)}
 
+    @torch.no_grad()
     def apply(self, fraction: float | Tensor = 0.0) -> dict[str, Tensor]:
         """Clip the gradients that are in `.grad` and step, without a device sync."""
-        grads = [p.grad for p in self.parameters if p.grad is not None]
-        if not grads:
+        moved = [(p, p.grad, s) for p, s in zip(self.parameters, self.states, strict=True) if p.grad is not None]
+        if not moved:
             raise PoloptError("no parameter received a gradient: the loss does not depend on what this update trains")
-        norm = torch.nn.utils.get_total_norm(grads)
+        grads = [g for _, g, _ in moved]
+        norm = torch.linalg.vector_norm(grads[0]) if len(grads) == 1 else torch.nn.utils.get_total_norm(grads)
         if self.rule.max_grad_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.rule.max_grad_norm, norm)
-        good = norm.isfinite()
+            torch._foreach_mul_(grads, (self.rule.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
+        skipped = 1.0 - norm.isfinite().to(torch.float32)
         rate = self.rule.rate(fraction)
-        skipped = 1.0 - good.to(torch.float32)
-        if self.optimizer is None:
-            self._advance(rate, good)
-        else:
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            self.optimizer.found_inf = skipped  # type: ignore[attr-defined]
-            self.optimizer.step()
-        return {"grad_norm": norm.detach(), "skipped": skipped, "lr": torch.full_like(norm, rate)}
-
-    @torch.no_grad()
-    def _advance(self, rate: float, good: Tensor) -> None:
-        for p, state in zip(self.parameters, self.states, strict=True):
-            if p.grad is not None:
-                moved, new = functional.advance(self.rule, p, p.grad, state, torch.tensor(rate, device=p.device), good)
-                p.copy_(moved)
-                for k, v in new.items():
-                    state[k].copy_(v)
+        functional.fused_step(self.rule, moved, rate, skipped)
+        return {"grad_norm": norm, "skipped": skipped, "lr": torch.full_like(norm, rate)}
 
     def tensors(self) -> dict[str, Tensor]:
         """The state of the only parameter, shared with `step`: for rules bound to one flat parameter."""

@@ -1,15 +1,18 @@
-"""The optimisers of `Descend` as pure functions of tensors, for graphs that hold several steps.
+"""The optimisers of `Descend`: PyTorch's fused steps in place, and pure functions of tensors for graphs that hold several steps.
 
-The formulas are those of `torch.optim` (and of TensorFlow's RMSProp); tests hold them against it. State tensors are those
-of the optimiser object, so that eager and compiled steps can follow each other.
+The formulas are those of `torch.optim` (and of TensorFlow's RMSProp); tests hold them against it. Both forms work on the same
+state tensors, so that eager and compiled steps can follow each other.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.optim.adam import adam
+from torch.optim.sgd import sgd
 
 if TYPE_CHECKING:
     from polopt.parts.rule.descend import FirstOrder
@@ -27,6 +30,30 @@ def initial(rule: FirstOrder, p: Tensor) -> Tensors:
         return momentum
     start = torch.ones_like(p) if rule.optimizer == "rmsprop-tf" else torch.zeros_like(p)
     return {"square_avg": start, **momentum}
+
+
+def fused_step(rule: FirstOrder, moved: Sequence[tuple[Tensor, Tensor, Tensors]], rate: float, skipped: Tensor) -> None:
+    """One step of every (parameter, clipped gradient, state), in place; nothing moves where `skipped` is 1, without a device sync.
+
+    PyTorch's functional form: its optimiser objects take longer for their bookkeeping than a small network for its step.
+    """
+    params, grads, states = [m[0] for m in moved], [m[1] for m in moved], [m[2] for m in moved]
+    common: dict[str, Any] = {"lr": rate, "weight_decay": rule.weight_decay, "maximize": False, "fused": True, "found_inf": skipped}
+    if rule.optimizer in ("adam", "adamw"):
+        adam(
+            params, grads, [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states], [], [s["step"] for s in states],
+            amsgrad=False, beta1=rule.betas[0], beta2=rule.betas[1], eps=rule.eps,
+            decoupled_weight_decay=rule.optimizer == "adamw", **common,
+        )  # fmt: skip
+    elif rule.optimizer == "sgd":
+        buffers = [s.get("momentum_buffer") for s in states]
+        sgd(params, grads, buffers, momentum=rule.momentum, dampening=0.0, nesterov=False, **common)
+    else:  # RMSProp has no fused form, and none in PyTorch with epsilon inside the root
+        for p, g, state in moved:
+            to, new = advance(rule, p, g, state, torch.tensor(rate, device=p.device), skipped == 0)
+            p.copy_(to)
+            for k, v in new.items():
+                state[k].copy_(v)
 
 
 def step(rule: FirstOrder, p: Tensor, g: Tensor, state: Tensors, rate: Tensor) -> tuple[Tensor, Tensors, Tensors]:
