@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from interrupted import StopAt, metrics
 
 import polopt
 from polopt.errors import PoloptError
-from polopt.interfaces import Event
 from polopt.run import RunFolder
 from polopt.tree import load_tree
 
@@ -27,26 +26,6 @@ RUNS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "dapo-text": ("dapo", "text:spell_backward", {**TEXT, "group_size": 2, "sampler.max_rounds": 2}),
     "ppo-lm-text": ("ppo-lm", "text:spell_backward", TEXT),
 }
-
-
-class StopAt:
-    """An observer that asks the run to stop after an update (what a signal handler does)."""
-
-    def __init__(self, update: int) -> None:
-        self.update = update
-
-    def start(self, info: Any) -> None: ...
-
-    def event(self, event: Event) -> None:
-        if event.update == self.update:
-            os.kill(os.getpid(), 15)
-
-    def end(self, summary: Any) -> None: ...
-
-
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if "seconds" not in k} for line in lines]
 
 
 @pytest.mark.parametrize("name", RUNS)

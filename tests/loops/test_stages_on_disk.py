@@ -3,43 +3,27 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from interrupted import StopAt, metrics
 from stage_worlds import SMALL, built, two
 
 import polopt
 from polopt.errors import PoloptError
 from polopt.evidence.proof import golden, small, survival
-from polopt.interfaces import Event
 from polopt.recipe import Recipe, Stage
 from polopt.registry import get_method
 from polopt.run import RunFolder
 from polopt.tree import load_tree
 
 
-class StopAt:
-    """An observer that asks the run to stop after an update (what a signal handler does)."""
-
-    def __init__(self, update: int) -> None:
-        self.update = update
+class StopInStages(StopAt):
+    """Stops like its parent, and is told at the start which stages there are."""
 
     def start(self, info: Any) -> None:
         assert len(info["stages"]) == 2
-
-    def event(self, event: Event) -> None:
-        if event.update == self.update:
-            os.kill(os.getpid(), 15)
-
-    def end(self, summary: Any) -> None: ...
-
-
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if "seconds" not in k} for line in lines]
 
 
 RUN = {**SMALL, "surrogate.beta": 0.1, "stages.estimate.length": "3-passes"}
@@ -55,7 +39,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("update", [1, 3, 6, 7, 11])
 def test_resumed_in_any_stage_it_ends_as_the_undisturbed_run(update: int, tmp_path: Path, whole: Path) -> None:
     place = tmp_path / "part"
-    part = polopt.train("a-star-po", "table:arms", budget="12-updates", out=place, overrides=RUN, observers=[StopAt(update)])
+    part = polopt.train("a-star-po", "table:arms", budget="12-updates", out=place, overrides=RUN, observers=[StopInStages(update)])
     assert part.summary["updates"] == update
     assert part.summary["stage"] == ("estimate" if update <= 6 else "train")
     resumed = polopt.resume(place)
@@ -97,7 +81,7 @@ def test_the_policy_of_any_stage_can_be_loaded(tmp_path: Path, whole: Path) -> N
     assert polopt.evaluate(whole, which="last")["score"] == pytest.approx(metrics(whole)[-1]["eval_score"], abs=1e-7)
     critic = get_method("ppo-lm").but("critic", reward=())
     recipe = two(Stage("first", critic, "4-updates"), Stage("second"))
-    polopt.train(recipe, "table:arms", budget="6-updates", out=tmp_path / "run", overrides=SMALL, observers=[StopAt(3)])
+    polopt.train(recipe, "table:arms", budget="6-updates", out=tmp_path / "run", overrides=SMALL, observers=[StopInStages(3)])
     policy = polopt.load(tmp_path / "run", "last", method=recipe)
     assert set(policy.nets()) == {"policy", "value"}
     assert isinstance(policy.predict(0), list)

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from polopt.batch import Batch
 from polopt.errors import CallError
-from polopt.part import Can, Moment, Part, Range, register_part
+from polopt.part import Moment, Range, register_part
 from polopt.parts.advantage.channels import outcomes, pooled
+from polopt.parts.advantage.grouped import Grouped
 from polopt.pooling import not_half
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def density(p: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
 
 @register_part("advantage", "beta-normalised")
 @dataclass(frozen=True)
-class BetaNormalised(Part):
+class BetaNormalised(Grouped):
     """A_i = (R_i - p(q)) / f(p(q); alpha, beta), p(q) the mean reward of the prompt's rows (BNPO, arXiv 2506.02864, eq. 8 to 11).
 
     f is a Beta density whose parameters, 1 + a/3 and 1 + b/3 (at least 1), follow from the Beta(a, b) with the mean and variance of
@@ -77,19 +78,8 @@ class BetaNormalised(Part):
     equation: ClassVar[str] = (
         "A_{i,t} = (R_i - p)/f(p; alpha, beta),  alpha = max(1, 1 + a/3), beta = max(1, 1 + b/3),  p ~ Beta(a, b) over prompts"
     )
-    rows: ClassVar[bool] = True
     conditions: ClassVar[tuple[str, ...]] = ("success-or-failure",)  # of random batches: it refuses rewards out of range
     moments: ClassVar[frozenset[str]] = frozenset({"scored"})
-
-    @property
-    def reads(self) -> frozenset[str]:
-        """The group key."""
-        return frozenset({"group"})
-
-    @property
-    def requires(self) -> frozenset[Can]:
-        """Whole episodes, several from one starting point."""
-        return frozenset({Can.EPISODES, Can.GROUPS})
 
     def validate(self, method: Method, update: Update) -> str | None:
         """Refuse an empty range of rewards, one fixed parameter without the other, and groups of one."""
@@ -97,9 +87,7 @@ class BetaNormalised(Part):
             return f"low = {self.low:g} is not below high = {self.high:g}"
         if (self.alpha is None) != (self.beta is None):
             return f"alpha = {self.alpha} and beta = {self.beta}: fix both or none"
-        if getattr(method.sampler, "group_size", 2) < 2:
-            return "success rates of prompts need at least 2 samples per prompt, but sampler.group_size = 1"
-        return None
+        return super().validate(method, update)
 
     def initial(self) -> dict[str, Tensor]:
         """Running moments of success rates, by channel, and how many batches they have seen."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -11,18 +11,15 @@ from torch import Tensor
 
 from polopt.batch import Batch
 from polopt.errors import CallError
-from polopt.part import Can, Part, Range, register_part
+from polopt.part import Range, register_part
 from polopt.parts.advantage.channels import outcomes, pooled
+from polopt.parts.advantage.grouped import Grouped
 from polopt.pooling import not_half
-
-if TYPE_CHECKING:
-    from polopt.method import Method
-    from polopt.update import Update
 
 
 @register_part("advantage", "decoupled")
 @dataclass(frozen=True)
-class Decoupled(Part):
+class Decoupled(Grouped):
     """GDPO's advantage for several rewards (arXiv 2601.05242, eq. 4 to 6), the same for all decisions of a row.
 
     A_n = (r_n - mean(r_n))/(std(r_n) + eps) within the group for each reward n, S = sum_n w_n A_n, and A = (S - mean(S))/(std(S) +
@@ -38,22 +35,6 @@ class Decoupled(Part):
     equation: ClassVar[str] = (
         "S_i = sum_n w_n (r_{n,i} - mean_G(r_n))/(std_G(r_n) + eps),  A_{i,t} = (S_i - mean_B(S))/(std_B(S) + eps)"
     )
-    rows: ClassVar[bool] = True
-
-    @property
-    def reads(self) -> frozenset[str]:
-        """The group key."""
-        return frozenset({"group"})
-
-    @property
-    def requires(self) -> frozenset[Can]:
-        """Whole episodes, several from one starting point."""
-        return frozenset({Can.EPISODES, Can.GROUPS})
-
-    def validate(self, method: Method, update: Update) -> str | None:
-        """Refuse groups of one."""
-        size = getattr(method.sampler, "group_size", None)
-        return f"needs at least 2 samples per prompt, but sampler.group_size = {size}" if size is not None and size < 2 else None
 
     def __call__(self, batch: Batch) -> Float[Tensor, "B T"]:
         """Advantages of the batch, which must hold whole groups. Raises `CallError` for another number of weights than rewards."""

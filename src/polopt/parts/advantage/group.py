@@ -11,6 +11,7 @@ from torch import Tensor
 
 from polopt.batch import Batch
 from polopt.part import Can, Part, Range, register_part, register_preset
+from polopt.parts.advantage.grouped import groups_of_one
 
 if TYPE_CHECKING:
     from polopt.method import Method
@@ -52,11 +53,9 @@ class GroupBaseline(Part):
 
     def validate(self, method: Method, update: Update) -> str | None:
         """Refuse comparisons within groups of one, where every advantage would be 0."""
-        size = getattr(method.sampler, "group_size", None)
-        if not self.grouped or size is None or size >= 2:
-            return None
+        problem = groups_of_one(method) if self.grouped else None
         who = "rloo" if self.centre == "leave-one-out" else "a baseline within groups"
-        return f"{who} needs at least 2 samples per prompt, but sampler.group_size = {size}"
+        return f"{who} {problem}" if problem else None
 
     def __call__(self, batch: Batch) -> Float[Tensor, "B T"]:
         """Advantages of the batch, which must hold whole groups."""

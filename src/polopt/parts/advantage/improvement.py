@@ -11,7 +11,8 @@ from torch import Tensor
 
 from polopt.batch import Batch
 from polopt.errors import MissingStatistic
-from polopt.part import Can, Part, Range, register_part
+from polopt.part import Range, register_part
+from polopt.parts.advantage.grouped import Grouped
 
 if TYPE_CHECKING:
     from polopt.method import Method
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 @register_part("advantage", "improvement")
 @dataclass(frozen=True)
-class Improvement(Part):
+class Improvement(Grouped):
     """Policy-improvement reward of a kept batch (PIPO, arXiv 2604.00860): attribution times the rectified verdict.
 
     rhat_i = a_i phi(xi), a_i = G A_i / sum_j |A_j| over the G answers of a group, A_i = R_i - mean R (any positive scale of the
@@ -31,17 +32,11 @@ class Improvement(Part):
     lam: Annotated[float, Range(ge=0), "slope of the rectifier for a policy that got worse"] = 0.1
     bound: Annotated[float | None, Range(gt=0), "largest |rhat|; none: unbounded"] = None
     equation: ClassVar[str] = "rhat_i = G A_i / sum_j |A_j| * phi(xi),  phi(x) = x if x >= 0 else lam x"
-    rows: ClassVar[bool] = True
 
     @property
     def reads(self) -> frozenset[str]:
         """Groups, and the verdict."""
         return frozenset({"group", "improvement"})
-
-    @property
-    def requires(self) -> frozenset[Can]:
-        """Whole episodes, several from one starting point."""
-        return frozenset({Can.EPISODES, Can.GROUPS})
 
     def validate(self, method: Method, update: Update) -> str | None:
         """Refuse a batch that was just sampled: nothing is known yet about what it led to."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -11,12 +11,9 @@ from torch import Tensor
 
 from polopt.batch import Batch
 from polopt.errors import MissingStatistic
-from polopt.part import Can, Part, Range, register_part
+from polopt.part import Range, register_part
+from polopt.parts.advantage.grouped import Grouped
 from polopt.pooling import not_half
-
-if TYPE_CHECKING:
-    from polopt.method import Method
-    from polopt.update import Update
 
 #: Advantages that are not larger count as none.
 NONE = 1e-6
@@ -46,7 +43,7 @@ def is_middle(batch: Batch) -> Bool[Tensor, " B"]:
 
 @register_part("advantage", "median")
 @dataclass(frozen=True)
-class MedianBaseline(Part):
+class MedianBaseline(Grouped):
     """The outcome of a row minus the median of its group, divided by the group's spread (MC-GRPO, arXiv 2601.22582).
 
     A_i = c (R_i - b)/s, b = median(R). scale "mad": s = median(|R - b|) + eps; "std": the group's sample deviation + 1e-4, as GRPO;
@@ -61,22 +58,6 @@ class MedianBaseline(Part):
     compensate: Annotated[bool, "multiply by the group's rows / those that have an advantage"] = True
     eps: Annotated[float, Range(gt=0), "added to the median absolute deviation"] = 1e-3
     equation: ClassVar[str] = "A_{i,t} = (n/m) (R_i - median(R)) / (median(|R - median(R)|) + eps),  m = #{j: A_j != 0}"
-    rows: ClassVar[bool] = True
-
-    @property
-    def reads(self) -> frozenset[str]:
-        """The group key."""
-        return frozenset({"group"})
-
-    @property
-    def requires(self) -> frozenset[Can]:
-        """Whole episodes, several from one starting point."""
-        return frozenset({Can.EPISODES, Can.GROUPS})
-
-    def validate(self, method: Method, update: Update) -> str | None:
-        """Refuse groups of one, where every advantage would be 0."""
-        size = getattr(method.sampler, "group_size", 2)
-        return f"needs at least 2 samples per prompt, but sampler.group_size = {size}" if size < 2 else None
 
     def __call__(self, batch: Batch) -> Float[Tensor, "B T"]:
         """Advantages of the batch, which must hold whole groups."""
