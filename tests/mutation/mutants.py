@@ -63,7 +63,7 @@ DECLARING = ("needs", "requires", "reads")
 
 @dataclass(frozen=True)
 class Fault:
-    """One changed place: `lines` are those of its statement (empty: read when the module is imported)."""
+    """One changed place: `lines` are those of its statement; of its class (or file), if it is read when the module is imported."""
 
     file: str
     kind: str
@@ -343,10 +343,11 @@ def faults(file: str, source: str) -> Iterator[Fault]:
             statement = place.statement
             lines = range(node.lineno, node.lineno + 1) if decorator else header(statement)
             imported = not place.function or decorator or place.inside(ast.arguments) is not None
+            whole: Any = next((n for n in place.parents if isinstance(n, ast.ClassDef | ast.FunctionDef)), None)
             more = changed.count("\n") - source.count("\n")
             yield Fault(
                 file=file, kind=kind_at(kind, place), where=place.where, line=getattr(node, "lineno", lines[0]),
-                lines=range(0) if imported else lines,
+                lines=lines if not imported else range(whole.lineno, whole.end_lineno + 1) if whole else range(1, 1 << 20),
                 before="\n".join(source.splitlines()[lines[0] - 1 : lines[-1]]),
                 after="\n".join(changed.splitlines()[lines[0] - 1 : lines[-1] + more]), source=changed,
             )  # fmt: skip

@@ -11,6 +11,7 @@ import gc
 import importlib.abc
 import importlib.util
 import io
+import itertools
 import json
 import os
 import select
@@ -21,6 +22,7 @@ import tempfile
 import threading
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,24 +32,14 @@ from mutants import Fault
 
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src"
-#: Tests that may catch a fault, in the order in which they are asked.
-STAGES = (
-    ("tests/parts",),
-    (
-        "tests/methods",
-        "tests/test_objective.py",
-        "tests/test_objective_details.py",
-        "tests/test_batch.py",
-        "tests/test_batch_details.py",
-    ),
-    (
-        "tests/evidence/proof",
-        "tests/loops/test_micro.py",
-        "tests/loops/test_seams.py",
-        "tests/test_api.py",
-        "tests/test_overrides.py",
-    ),
-)
+#: Tests that may catch a fault.
+TESTS = (
+    "tests/parts", "tests/methods", "tests/test_objective.py", "tests/test_objective_details.py", "tests/test_batch.py",
+    "tests/test_batch_details.py", "tests/evidence/proof", "tests/loops/test_micro.py", "tests/loops/test_seams.py",
+    "tests/loops/test_rounds.py", "tests/loops/test_allocators.py", "tests/test_api.py", "tests/test_overrides.py",
+)  # fmt: skip
+#: Seconds of tests (as traced) that one fault may cost, and how many tests are asked before files of further ones are imported.
+MOST, FIRST = 40.0, 25
 TIMEOUT = "timeout"
 PLUGINS = ["_hypothesis_pytestplugin", "pytest_timeout", "no:cacheprovider", "no:unraisableexception", "no:threadexception"]
 PYTEST = ["-q", "--no-header", "--no-summary", "-W", "ignore", *(x for p in PLUGINS for x in ("-p", p))]
@@ -164,23 +156,22 @@ class Coverage:
     failed: list[str] = field(default_factory=list)
 
     def tests(self, fault: Fault) -> list[list[str]]:
-        """Tests for a fault by stage, the quickest first: those that execute its statement, or for what is read when the module is
-        imported, those that execute any of the file, and all that build methods."""
+        """Tests that execute one of a fault's lines, in two portions: quick ones that execute much of its file come first.
+
+        They end after `MOST` seconds, so that the whole grows with the number of faults alone. A fault that only a later test
+        would notice counts as not noticed.
+        """
         by_line = self.lines.get(fault.file, {})
-        wanted = fault.lines or range(1 << 20)
-        found = {t for line, tests in by_line.items() if line in wanted for t in tests}
-        if not fault.lines:
-            found |= {t for t in self.seconds if t.startswith(("tests/parts", "tests/methods", "tests/evidence/proof"))}
-        stages = [[t for t in found if t.startswith(stage)] for stage in STAGES]
-        return [sorted(s, key=lambda t: (t not in touching(by_line), self.seconds[t])) for s in stages if s]
+        touched = Counter(t for tests in by_line.values() for t in tests)
+        found = {t for line, tests in by_line.items() if line in fault.lines for t in tests}
+        ranked = sorted(found, key=lambda t: (self.seconds[t] / touched[t], t))
+        spent = itertools.accumulate(self.seconds[t] for t in ranked)
+        kept = [t for t, until in zip(ranked, spent, strict=True) if until <= MOST] or ranked[:1]
+        return [portion for portion in (kept[:FIRST], kept[FIRST:]) if portion]
 
     def slowest(self, tests: Iterable[Iterable[str]]) -> float:
         """Seconds of the slowest of these tests."""
-        return max((self.seconds[t] for stage in tests for t in stage), default=0.0)
-
-
-def touching(by_line: dict[int, list[str]]) -> set[str]:
-    return {t for tests in by_line.values() for t in tests}
+        return max((self.seconds[t] for portion in tests for t in portion), default=0.0)
 
 
 class Watch:
@@ -221,13 +212,12 @@ class Watch:
         return each(frame, event, arg)
 
 
-def files_of(stages: Iterable[Iterable[str]]) -> list[str]:
-    """The test files of the stages that exist."""
+def files_of(names: Iterable[str]) -> list[str]:
+    """The test files of these names that exist."""
     found = []
-    for stage in stages:
-        for name in stage:
-            path = ROOT / name
-            found += sorted(path.rglob("test_*.py")) if path.is_dir() else [path] * path.exists()
+    for name in names:
+        path = ROOT / name
+        found += sorted(path.rglob("test_*.py")) if path.is_dir() else [path] * path.exists()
     return [str(p.relative_to(ROOT)) for p in found]
 
 
@@ -244,7 +234,7 @@ def cover(folder: Path, jobs: int) -> Coverage:
         return work
 
     out = Coverage()
-    for file, answer, _ in forked([(f, watch(f), 600.0) for f in files_of(STAGES)], jobs):
+    for file, answer, _ in forked([(f, watch(f), 600.0) for f in files_of(TESTS)], jobs):
         if not isinstance(answer, dict) or answer["code"] not in (0, 1, 5):
             out.failed.append(file)
             continue
@@ -298,7 +288,7 @@ class Ordered:
             self.first = f"import: {report.nodeid}"
 
 
-def judge(fault: Fault, stages: list[list[str]], seconds: float) -> Callable[[Path], str | None]:
+def judge(fault: Fault, portions: list[list[str]], seconds: float) -> Callable[[Path], str | None]:
     """Run the tests against a fault, each at most so many seconds: the first that fails, or None."""
 
     def work(scratch: Path) -> str | None:
@@ -306,9 +296,9 @@ def judge(fault: Fault, stages: list[list[str]], seconds: float) -> Callable[[Pa
 
         server = Serve(fault.file, fault.source)
         sys.meta_path.insert(0, server)
-        for i, stage in enumerate(stages):
-            plugin = Ordered(stage)
-            files = sorted({t.partition("::")[0] for t in stage})
+        for i, portion in enumerate(portions):
+            plugin = Ordered(portion)
+            files = sorted({t.partition("::")[0] for t in portion})
             code = int(
                 pytest.main(
                     ["-x", *PYTEST, *MARKS, f"--timeout={seconds}", f"--basetemp={scratch / str(i)}", *files], plugins=[plugin]
@@ -320,7 +310,7 @@ def judge(fault: Fault, stages: list[list[str]], seconds: float) -> Callable[[Pa
                 return "import"  # conftest, or the part's own module, does not load
             if code not in (0, 5):
                 raise RuntimeError(f"pytest ended with {code}")
-        if stages and not server.served:
+        if portions and not server.served:
             raise RuntimeError(f"{server.module} was never imported")
         return None
 
@@ -332,8 +322,8 @@ def judged(faults: Sequence[Fault], coverage: Coverage, jobs: int) -> Iterator[t
     by_number = {str(i): f for i, f in enumerate(faults)}
     work = []
     for i, f in by_number.items():
-        stages = coverage.tests(f)
-        work.append((i, judge(f, stages, 10 + 10 * coverage.slowest(stages)), 600.0))
+        portions = coverage.tests(f)
+        work.append((i, judge(f, portions, 10 + 10 * coverage.slowest(portions)), 600.0))
     for i, answer, seconds in forked(work, jobs):
         if answer is not None and answer.startswith("error: "):
             raise RuntimeError(answer)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from mutants import KINDS, Fault, faults
 from run import table
-from suite import ROOT, Coverage
+from suite import FIRST, MOST, ROOT, Coverage
 
 PARTS = sorted((ROOT / "src" / "polopt" / "parts").rglob("*.py"))
 
@@ -175,13 +175,37 @@ def test_the_lines_of_a_fault_are_those_of_its_statement() -> None:
     assert lines == {"bound": range(3, 4), "constant": range(4, 5), "sign": range(5, 9)}
 
 
+def test_what_is_read_at_import_belongs_to_its_class() -> None:
+    source = """
+        class Part:
+            low: float = 0.2
+
+            def __call__(self, x=2):
+                return x + self.low
+
+        LIMIT = 3
+    """
+    lines = {(f.line, f.kind): f.lines for f in found(source)}
+    assert lines[3, "default"] == lines[5, "default"] == range(2, 7)
+    assert 10**5 in lines[8, "default"]
+
+
 def test_tests_that_execute_the_line_are_asked_the_quickest_first() -> None:
     (fault,) = (f for f in found("def f(x):\n    y = 1\n    return -x\n") if f.kind == "sign")
-    slow, quick, other, later = (
-        f"tests/{x}" for x in ("parts/a.py::slow", "parts/b.py::quick", "parts/b.py::other", "methods/c.py::m")
-    )
-    coverage = Coverage({slow: 2.0, quick: 0.1, other: 0.01, later: 0.001}, {"toy.py": {3: [slow, quick, later], 2: [other]}})
-    assert coverage.tests(fault) == [[quick, slow], [later]]
+    slow, quick, other, more = (f"tests/parts/a.py::{x}" for x in ("slow", "quick", "other", "more"))
+    lines = {3: [slow, quick, more], 2: [other, more]}
+    coverage = Coverage({slow: 2.0, quick: 0.1, other: 0.01, more: 0.15}, {"toy.py": lines})
+    assert coverage.tests(fault) == [[more, quick, slow]]  # `more` takes longer than `quick`, but executes twice as much
+
+
+def test_one_fault_costs_a_bounded_time() -> None:
+    (fault,) = (f for f in found("def f(x):\n    return -x\n") if f.kind == "sign")
+    names = [f"tests/parts/a.py::{i}" for i in range(200)]
+    coverage = Coverage(dict.fromkeys(names, MOST / 100), {"toy.py": {2: names}})
+    first, rest = coverage.tests(fault)
+    assert (len(first), len(first) + len(rest)) == (FIRST, 100)
+    (only,) = Coverage({"t": 2 * MOST}, {"toy.py": {2: ["t"]}}).tests(fault)
+    assert only == ["t"]
 
 
 def test_shares_are_counted() -> None:
