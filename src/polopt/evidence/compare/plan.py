@@ -11,12 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polopt.errors import CallError, Misfit, unknown
+from polopt.evidence.compare.amounts import refuse_amount
 from polopt.evidence.compare.entries import Entry, fill, parse, plain, refuse_command, refuse_names, slug, word_of
-from polopt.loops.build import iteration_size
-from polopt.loops.plan import refuse_untrained
 from polopt.overrides import Layer, Resolved, resolve
 from polopt.paths import guess
-from polopt.recipe import Recipe
 from polopt.registry import fitting
 from polopt.run import Budget
 
@@ -164,7 +162,7 @@ def ready(asked: Asked) -> list[Arm]:
     for arm in arms:
         if arm.entry.command:
             refuse_command(arm.entry, external_words(asked, arm.entry, asked.seeds[0], Path("OUT")))
-    _refuse_small(asked, [a for a in arms if a.resolved])
+    refuse_amount(asked.text, arms)
     return arms
 
 
@@ -244,27 +242,6 @@ def _no_fit(asked: Asked, misfits: Mapping[str, Misfit], task: Task | None) -> C
         f"{text}. Of these contestants {', '.join(fit) or 'none'} fit{'s' * (len(fit) == 1)} {asked.task_name}; "
         f"methods that fit: {', '.join(known) or 'none'}"
     )
-
-
-def _refuse_small(asked: Asked, arms: Sequence[Arm]) -> None:
-    """Raise `CallError` for a budget that is smaller than one update of a contestant."""
-    amount, unit = asked.budget.amount, asked.budget.unit
-    if unit == "updates" and amount < 1:
-        raise CallError(f"budget {asked.text} is smaller than one update; the smallest is 1-updates")
-    if unit not in ("decisions", "tokens"):
-        return
-    least = {}
-    for arm in arms:
-        assert arm.resolved is not None
-        if not isinstance(arm.resolved.method, Recipe):
-            refuse_untrained(arm.resolved.method, arm.resolved.settings)
-        least[arm.name] = iteration_size(arm.resolved.task, arm.resolved.method, arm.resolved.settings)[0]
-    worst = max(least, key=lambda name: least[name], default=None)
-    if worst is not None and least[worst] > amount:
-        raise CallError(
-            f"budget {asked.text} is smaller than one update of {worst}, which takes {least[worst]:,} {unit}; "
-            f"the smallest budget that works for all contestants is {least[worst]}-{unit}"
-        )
 
 
 def external_words(asked: Asked, entry: Entry, seed: int, out: Path) -> list[str]:

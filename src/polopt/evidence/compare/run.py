@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,7 +13,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from polopt.errors import CallError, PoloptError
+from polopt.errors import CallError, Note, PoloptError
+from polopt.evidence.compare.amounts import doubtful
 from polopt.evidence.compare.entries import entries_of, external_entries, plain
 from polopt.evidence.compare.folders import Damaged, Identity, inspect_external, inspect_run, read_record, set_aside
 from polopt.evidence.compare.live import Table
@@ -108,6 +110,8 @@ def compare(
 ) -> Compared:
     """Run what was asked for (see `polopt.compare` and `ask`): every contestant on every seed, side by side."""
     comparing = _begin(contestants, task, out, jobs, timeout, quiet, asking)
+    if said := doubtful(comparing.asked.text, comparing.arms):
+        warnings.warn(said, Note, stacklevel=2)
     with alone(comparing.folder) as lock:
         try:
             return comparing.carry_out(page=page, lock=lock)
@@ -217,6 +221,8 @@ class _Comparing:
                 if arm.resolved is not None:
                     search_space(a, arm)  # refuses what cannot be searched
             lines.append(f"before that {a.tune} settings x {a.tune_seeds} seeds for each method to tune it")
+        if said := doubtful(a.text, self.arms):
+            lines.append(f"note: {said}")
         return "\n".join(lines)
 
     def _finished(self, arm: Arm, seed: int) -> bool:
