@@ -241,8 +241,14 @@ def test_sample_and_wall_clock_efficiency() -> None:
     assert failed is not None
     assert (failed.share, failed.decisions, failed.seconds) == (1 / 3, None, None)
     few = analyse(compare({"a": [1.0] * 4, "b": [0.95, 0.95, 0.5, 0.5]})).of("b").target
-    assert few is not None
-    assert (few.share, few.spent, few.seconds) == (0.5, None, None)
+    assert few is not None  # exactly half of the runs are half of the runs
+    assert (few.share, few.spent, few.seconds) == pytest.approx((0.5, 900 / 0.95, 9 / 0.95))
+    none = analyse(compare({"a": [1.0] * 4, "b": [0.95, 0.5, 0.5, 0.5]})).of("b").target
+    assert none is not None
+    assert (none.share, none.spent, none.seconds) == (0.25, None, None)
+    pair = analyse(compare({"a": [1.0] * 2, "b": [0.95, 0.92]})).of("b").target
+    assert pair is not None  # of an even number the earlier half
+    assert (pair.share, pair.spent) == pytest.approx((1.0, 900 / 0.95))
 
 
 def test_budget_in_another_unit_takes_decisions_from_the_run() -> None:

@@ -152,6 +152,15 @@ def test_efficiency_names_the_soonest_in_decisions_and_in_time() -> None:
     assert any(s.startswith("In training time a was there first, after") for s in verdict(found({"a": BEST, "b": BEST})))
 
 
+def test_half_of_the_runs_is_half() -> None:
+    said = verdict(found({"a": [0.9] * 4, "b": [0.9, 0.9, 0.1, 0.1]}))
+    line = next(s for s in said if "with the fewest decisions" in s)
+    assert "not reached by half" not in line
+    assert line.startswith("a and b reached")
+    less = next(s for s in verdict(found({"a": [0.9] * 4, "b": [0.9, 0.1, 0.1, 0.1]})) if "fewest" in s)
+    assert "not reached by half of the runs of b (medians)" in less
+
+
 def test_areas_are_told_where_they_say_something_else() -> None:
     curves = {"fast": 0.8, "slow": 0.8}
     rng = np.random.default_rng(0)

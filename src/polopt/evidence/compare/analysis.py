@@ -196,7 +196,7 @@ def _efficiency(runs: Sequence[_Run], target: float | None, higher: bool) -> Eff
     if target is None or not runs:
         return None
 
-    def median(axis: Callable[[_Run], Row | None]) -> tuple[float | None, float]:
+    def half(axis: Callable[[_Run], Row | None]) -> tuple[float | None, float]:
         found: list[float] = []
         for r in runs:
             x = axis(r)
@@ -206,13 +206,12 @@ def _efficiency(runs: Sequence[_Run], target: float | None, higher: bool) -> Eff
                 return None, 0.0
             else:
                 found.append(reached(x, r.score, target, higher_is_better=higher))
-        ordered = sorted(found)
-        # half of an even number of runs may never arrive: then the mean of the two in the middle is infinite
-        middle = (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
+        # by then half of the runs have arrived: of an even number the lower of the two in the middle, for the upper one may never
+        middle = sorted(found)[(len(found) - 1) // 2]
         return (float(middle) if np.isfinite(middle) else None), float(np.isfinite(found).mean())
 
-    spent, share = median(lambda r: r.spent)
-    return Efficiency(share, spent, median(lambda r: r.decisions)[0], median(lambda r: r.seconds)[0])
+    spent, share = half(lambda r: r.spent)
+    return Efficiency(share, spent, half(lambda r: r.decisions)[0], half(lambda r: r.seconds)[0])
 
 
 def _pairs(

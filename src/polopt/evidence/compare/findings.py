@@ -36,7 +36,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Efficiency:
-    """What it took to reach the target score: medians over runs, None where fewer than half of them reached it or it is unknown."""
+    """What it took until half of the runs had reached the target score; None where fewer than half did, or it is unknown."""
 
     share: float  # of the runs that reached it
     spent: float | None  # in the unit of the budget
