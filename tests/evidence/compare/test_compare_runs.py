@@ -337,3 +337,18 @@ def test_comparing_costs_little_beside_the_runs(go: Go, monkeypatch: pytest.Monk
     go(["ppo"], seeds=1)  # imports
     go(["ppo"], seeds=12, quiet=False)
     assert spent[1] / 11 < 0.03
+
+
+def test_the_processor_is_told_and_a_mixture_of_them(go: Go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from polopt.evidence.compare import run
+
+    monkeypatch.setattr(run, "_cpu", lambda: "Some Processor 9000")
+    found = go(["reinforce"], page=True)
+    assert {r.versions["cpu"] for r in found.comparison.runs} == {"Some Processor 9000"}
+    assert found.comparison.runs[0].versions["torch"]  # and what the run itself noted
+    assert json.loads((tmp_path / "out/comparison.json").read_text())["runs"][0]["versions"]["cpu"] == "Some Processor 9000"
+    assert "Some Processor 9000" in (tmp_path / "out/index.html").read_text()
+    assert "Runs differ" not in found.words
+    monkeypatch.setattr(run, "_cpu", lambda: "Elsewhere 1")
+    words = go(["reinforce"], seeds=3).words
+    assert "Runs differ in cpu: Some Processor 9000 (reinforce seed 0, reinforce seed 1); Elsewhere 1 (reinforce seed 2)." in words

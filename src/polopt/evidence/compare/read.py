@@ -77,7 +77,7 @@ def read_run(folder: Path, contestant: Contestant, seed: int, plan: Mapping[str,
         wall_seconds=record.get("wall_seconds"), peak_rss=_peak(record, summary),
         seconds_at=_array(columns["seconds"]), decisions_at=_array(columns["decisions"]), error=problem or reason,
         weights=weights.get("policy") if isinstance(weights, dict) else None,
-        versions=summary.get("versions") or record.get("versions") or {},
+        versions={**_entries(record), **_entries(summary)},  # the comparison notes the processor, the run what it ran with
     )  # fmt: skip
 
 
@@ -156,6 +156,12 @@ def _last(name: str, summary: Mapping[str, Any], lines: Sequence[Mapping[str, An
 def _peak(record: Mapping[str, Any], summary: Mapping[str, Any]) -> int | None:
     found = [int(x) for x in (record.get("peak_rss"), summary.get("peak_rss")) if isinstance(x, int | float) and x]
     return max(found, default=None)
+
+
+def _entries(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The versions in a record or a summary."""
+    versions = found.get("versions")
+    return versions if isinstance(versions, dict) else {}
 
 
 def _json(path: Path) -> dict[str, Any]:
