@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import random
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ from typing import Any
 import suite
 import yaml
 from mutants import KINDS, Fault, faults
+from scipy.stats import binomtest
 
 BAR = 0.90
 VERDICTS = Path(__file__).with_name("survivors.yaml")
@@ -30,6 +32,10 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=2, help="faults judged at once")
     parser.add_argument("--folder", type=Path, default=suite.SOURCE / "polopt" / "parts", help="where faults are seeded")
     parser.add_argument("--only", nargs="*", default=[], help="parts of file names, kinds or ids; default: everything")
+    parser.add_argument("--sample", type=int, metavar="N", help="N faults drawn at random, always the same ones")
+    parser.add_argument(
+        "--tests", nargs="*", metavar="FILE", help="ask only these tests; a fault that others catch counts as not caught"
+    )
     parser.add_argument("--json", type=Path, help="where the result is written")
     parser.add_argument("--list", action="store_true", help="show the faults, run nothing")
     return parser.parse_args(argv)
@@ -123,6 +129,12 @@ def counted(rows: Any) -> dict[str, dict[str, int]]:
 def main(argv: Sequence[str] | None = None) -> int:
     given = arguments(argv)
     found = chosen(given.folder.resolve(), given.only)
+    total = len(found)
+    if given.sample is not None and given.sample < total:
+        kept = set(random.Random(0).sample(range(total), given.sample))
+        found = [f for i, f in enumerate(found) if i in kept]
+    if given.tests:
+        suite.TESTS = tuple(given.tests)
     if given.list or not found:
         for f in found:
             print(f"{f.id}  {f.file}:{f.line}  {f.kind}\n{difference(f)}")
@@ -143,11 +155,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     order = {f.id: i for i, f in enumerate(found)}
     results.sort(key=lambda r: order[r[0].id])
     data, lines = report(results, time.monotonic() - began, coverage.failed)
+    data["of"] = total
+    if len(found) < total:
+        low, high = (100 * x for x in binomtest(data["caught"], len(found)).proportion_ci(method="wilson"))
+        lines.append(f"a sample of {len(found)} of {total} faults: the share of all is {low:.1f} to {high:.1f}% (95%)")
     print("\n".join(["", *lines]))
-    if not given.only:
+    whole = len(found) == total and not given.only
+    if whole:
         unknown = sorted(set(verdicts()) - {f.id for f in found})
         print(f"verdicts on faults that no longer exist: {', '.join(unknown)}" if unknown else "", end="\n" * bool(unknown))
-    if given.json and not given.only:
+    if given.json and not given.only and not given.tests:
         given.json.parent.mkdir(parents=True, exist_ok=True)
         given.json.write_text(json.dumps(data, indent=1) + "\n")
     return 0 if data["share"] >= BAR else 1

@@ -45,6 +45,8 @@ def certify(args: argparse.Namespace) -> int:
         raise CallError(f"--jobs {args.jobs}: expected at least 1, with --all")
     out = Path(args.out) if args.out else None
     golden = Path(args.golden) if args.golden else None
+    if golden is not None and not golden.is_dir() and not args.record:
+        raise CallError(f"--golden {args.golden}: there is no such folder; --record makes it")
     if args.all:
         quiet = (lambda c: None) if args.json else (lambda c: print(c.line, flush=True))
         made = certify_all(

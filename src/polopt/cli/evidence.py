@@ -34,6 +34,8 @@ def evidence(args: argparse.Namespace) -> int:
         raise CallError("polopt evidence takes METHOD or --all; 'polopt evidence --help' shows how")
     if args.check and args.again:
         raise CallError("--check repeats stored experiments and stores nothing; --again stores new ones: give one of them")
+    if args.jobs is not None and args.jobs < 1:
+        raise CallError(f"--jobs {args.jobs}: expected at least 1")
     names = list(args.methods) or [name for name, m in api.methods().items() if m.miniature is not None]
     if not args.check:
         return _gather(names, Evidence(args.out, runs=RUNS, jobs=args.jobs, again=args.again, quiet=args.quiet))

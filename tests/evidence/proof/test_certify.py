@@ -27,6 +27,7 @@ from polopt.loops.drive import drive
 from polopt.overrides import resolve
 from polopt.part import Can
 from polopt.parts.advantage.group import GroupBaseline
+from polopt.parts.advantage.grouped import Grouped
 from polopt.parts.aggregate import TokenMean
 from polopt.parts.surrogate.clip import Clip
 from polopt.registry import all_methods, get_method
@@ -115,9 +116,9 @@ def test_a_registered_method_must_have_a_floor_and_identities(as_grpo: Any) -> N
 
 def test_a_method_of_ones_own_gets_what_is_possible(tmp_path: Path) -> None:
     mine = get_method("grpo").but("mine", epochs=2)
-    found = certify(mine, golden=tmp_path, only=("identities", "golden", "invariance", "floor"))
+    found = certify(mine, golden=tmp_path, only=("identities", "oracle", "golden", "invariance", "floor"))
     assert found.certified
-    assert [c.result for c in found.found.values()] == ["none", "none", "ok", "none"]
+    assert [c.result for c in found.found.values()] == ["none", "ok", "none", "ok", "none"]
     assert certify(mine, golden=tmp_path, record=True, only=("golden",)).certified
     again = certify(mine, golden=tmp_path, only=("golden",))
     assert again.found["golden"].text == "golden bit-identical"
@@ -132,7 +133,33 @@ def test_a_method_that_a_file_of_ones_own_registers_is_ones_own(monkeypatch: pyt
     assert "mine" in all_methods()
     assert not certificates.registered(mine)
     assert certificates.registered(get_method("grpo"))
-    assert certify(mine, golden=tmp_path, only=("identities", "golden", "invariance", "floor")).certified
+    assert certify(mine, golden=tmp_path, only=("identities", "oracle", "golden", "invariance", "floor")).certified
+
+
+def test_without_a_check_that_knows_what_is_right_nothing_is_certified() -> None:
+    """A child without neutral values and floor, whose advantage no theory covers, with the wrong sign."""
+    mine = get_method("grpo").but("mine", advantage=Unknown())
+    found = certify(mine, only=("identities", "oracle", "invariance", "floor"))
+    assert [c.result for c in found.found.values()] == ["none", "none", "ok", "none"]
+    assert found.reasons == ["nothing checked here could tell a wrong sign: declare a floor or neutral values"]
+    assert not found.certified
+
+
+@pytest.mark.parametrize(("name", "without"), [("kl-cov", ["penalty.kl-cov"]), ("ppo", ["critic"]), ("grpo", [])])
+def test_what_the_oracle_leaves_out_is_named(name: str, without: list[str]) -> None:
+    found = certify(get_method(name), only=("oracle",)).found["oracle"]
+    assert found.details["without"] == without
+    assert found.text.endswith(f" without {without[0]}" if without else "e-16")
+
+
+@dataclass(frozen=True)
+class Unknown(Grouped):
+    """The mean of the group minus the outcome."""
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """The same at all decisions of a row."""
+        outcome = batch.outcome()
+        return (batch.pool(outcome, "group") - outcome)[:, None] * batch.mask
 
 
 @dataclass(frozen=True)
@@ -286,7 +313,7 @@ def test_command_line(as_grpo: Any, tmp_path: Path, capsys: pytest.CaptureFixtur
     [
         (("certify",), "takes a method or --all"), (("certify", "ppo", "--all"), "takes a method or --all"),
         (("certify", "pppo"), "did you mean 'ppo'"), (("certify", "ppo", "--jobs", "2"), "with --all"),
-        (("certify", "--all", "--jobs", "0"), "at least 1"),
+        (("certify", "--all", "--jobs", "0"), "at least 1"), (("certify", "ppo", "--golden", "nowhere"), "there is no such folder"),
     ],
 )  # fmt: skip
 def test_wrong_calls(words: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:

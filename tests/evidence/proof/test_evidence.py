@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import textwrap
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,13 @@ import numpy as np
 import pytest
 
 import polopt
-from polopt import CallError, registry
+from polopt import CallError, PoloptError, registry
 from polopt.claim import Miniature
 from polopt.cli import main
 from polopt.evidence.compare.folders import code_of
 from polopt.evidence.compare.results import RunResult
 from polopt.evidence.compare.statistics import Estimate
-from polopt.evidence.proof import gather, miniature, stored
+from polopt.evidence.proof import miniature, stored
 from polopt.evidence.proof.gather import Evidence
 from polopt.methods.onpolicy.reinforce import REINFORCE
 from polopt.overrides import resolve
@@ -223,17 +222,6 @@ def test_a_part_of_ones_own_that_was_rewritten_makes_the_result_stale(tmp_path: 
     assert miniature.stale(polopt.method(f"{tmp_path}/new.py:MINE"), known) == ["the code of mine's own parts has changed"]
 
 
-def test_the_hash_of_code_is_blind_to_comments_and_docstrings(tmp_path: Path) -> None:
-    def skeleton(text: str) -> str:
-        path = tmp_path / "x.py"
-        path.write_text(textwrap.dedent(text))
-        return gather._skeleton(path)
-
-    base = skeleton('def f(x):\n    """One."""\n    return x  # here\n')
-    assert skeleton('"""M."""\ndef f(x):\n    """Two."""\n    return x\n') == base
-    assert skeleton("def f(x):\n    return -x\n") != base
-
-
 # -------------------------------------------------------------------- running
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -372,6 +360,38 @@ def test_the_command_line(place: Path, tmp_path: Path, capsys: pytest.CaptureFix
     (tmp_path / "mine.json").write_text("{")
     assert main(["evidence", name, "--out", str(tmp_path)]) == 2
     assert "damaged" in capsys.readouterr().err
+    assert main(["evidence", name, "--jobs", "0"]) == 2
+    assert "--jobs 0: expected at least 1" in capsys.readouterr().err
+
+
+def test_a_damaged_result_is_made_again(place: Path, tmp_path: Path) -> None:
+    name = f"{place}/mine.py:MINE"
+    (tmp_path / "mine.json").write_text("{")
+    with pytest.raises(CallError, match="damaged"):
+        Evidence(tmp_path, runs=place / "runs").gather(name)
+    found = Evidence(tmp_path, runs=tmp_path / "runs", jobs=2, again=True).gather(name)
+    assert found.made
+    assert stored.read(tmp_path / "mine.json") == found.result
+
+
+def test_an_experiment_without_a_pair_of_numbers_is_not_stored(tmp_path: Path) -> None:
+    odd = REINFORCE.but("odd", miniature=replace(SMALL, seeds=2, points=2, metric="eval_skore"))
+    with pytest.raises(PoloptError, match=r"odd gave no pair of numbers.*eval_skore"):
+        Evidence(tmp_path / "evidence", runs=tmp_path / "runs", jobs=2).gather(odd)
+    assert not (tmp_path / "evidence").exists()
+
+
+def test_what_the_library_ships_is_checked_wherever_one_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked: list[str] = []
+
+    def carry_out(self: Evidence, method: Any, given: str | None) -> dict[str, Any]:
+        asked.append(method.name)
+        return dict(stored.evidence("spo") or {})
+
+    monkeypatch.setattr(Evidence, "carry_out", carry_out)
+    assert Evidence().check("spo").identical
+    assert asked == ["spo"]
 
 
 # -------------------------------------------------------------------- the library's own

@@ -131,6 +131,27 @@ def test_a_fingerprint_is_of_the_source_of_parts(tmp_path: Path) -> None:
     assert found[0] == found[1] != found[2]
 
 
+CODE = '''
+class P:
+    """Doc."""
+
+    def f(self, x):
+        # why
+        if x < 0:
+            return f"got {x}"
+        return x + 1
+'''
+TYPED = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from polopt.method import Method\n"
+
+
+def test_texts_and_layout_are_no_code() -> None:
+    same = CODE.replace("Doc.", "Other words.").replace("# why", "# because")
+    assert stored.skeleton(CODE) == stored.skeleton(same) == stored.skeleton(CODE.replace("x + 1", "(x +\n     1)"))
+    assert stored.skeleton(TYPED + CODE) == stored.skeleton(TYPED.replace("polopt.method", "polopt.update") + CODE)
+    for before, after in (("x + 1", "x - 1"), ("x < 0", "x <= 0"), ("def f", "def g"), ("got {x}", "got {x!r}")):
+        assert stored.skeleton(CODE) != stored.skeleton(CODE.replace(before, after))
+
+
 def test_sources_follow_imports_between_parts() -> None:
     names = {p.name for p in stored.sources(type(get_method("ppo").advantage))}
     assert {"gae.py", "scan.py"} <= names

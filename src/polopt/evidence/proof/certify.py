@@ -26,6 +26,8 @@ OTHERS = ("oracle", "golden", "resume", "invariance", "floor")
 CHECKS = ("identities", *OTHERS)
 #: What a method of the library must have, not only pass.
 REQUIRED = ("identities", "golden", "resume", "invariance", "floor")
+#: Checks that know what is right; the others only tell whether numbers stay what they are.
+TELLING = ("identities", "oracle", "floor")
 FORMAT = 1
 
 
@@ -44,9 +46,16 @@ class Certificate:
 
     @property
     def reasons(self) -> list[str]:
-        """Why it is not certified: failed checks, and those that a method of the library must have and lacks."""
+        """Why it is not certified: failed checks, and those that it must have and lacks.
+
+        A method of the library must have all of `REQUIRED`, any other one check that knows what is right.
+        """
+        failed = [c.reason for c in self.found.values() if c.result == "failed"]
         lacking = [c.reason for k, c in self.found.items() if c.result == "none" and self.registered and k in REQUIRED]
-        return [*(c.reason for c in self.found.values() if c.result == "failed"), *lacking]
+        telling = [c.result for k, c in self.found.items() if k in TELLING]
+        if telling and not failed and not self.registered and "ok" not in telling:
+            lacking.append("nothing checked here could tell a wrong sign: declare a floor or neutral values")
+        return [*failed, *lacking]
 
     @property
     def certified(self) -> bool:

@@ -118,12 +118,13 @@ def oracle(method: Method) -> Check:
     found = consult(method)
     if found is None:
         return Check("none", "no oracle", "theory gives no closed form for its parts")
-    details = {"error": found.error, "tolerance": found.tolerance, "detail": found.detail}
+    details = {"error": found.error, "tolerance": found.tolerance, "detail": found.detail, "without": list(found.without)}
     if not found.holds:
         return Check(
             "failed", "oracle FAILS", f"oracle: off by {found.error:.1e} (at most {found.tolerance:.0e}): {found.detail}", details
         )
-    return Check("ok", f"oracle {found.error:.0e}", "", details)
+    without = f" without {' and '.join(found.without)}" if found.without else ""
+    return Check("ok", f"oracle {found.error:.0e}{without}", "", details)
 
 
 def golden_trajectory(method: Method, path: Path, *, record: bool = False) -> Check:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import functools
 import json
 import tempfile
@@ -108,11 +107,13 @@ class Evidence:
 
     def due(self, method: Method) -> str:
         """Why a method's experiment is to be run; empty if its stored result is of the present experiment."""
+        if self.again:  # whatever is stored, also where it is damaged
+            return "asked for anew"
         found = self.stored(method)
         if found is None:
             return "nothing is stored"
         changed = miniature.stale(method, found)
-        return f"stale: {_some(changed)}" if changed else "asked for anew" if self.again else ""
+        return f"stale: {_some(changed)}" if changed else ""
 
     def gather(self, which: str | Method) -> Gathered:
         """Run what is missing of a method's experiment and store its result; a result of the present experiment is left as it is.
@@ -136,6 +137,8 @@ class Evidence:
         method, given = _method(which)
         miniature_of(method)
         before = self.stored(method)
+        if before is None and self.out is None and stored.registered(method):
+            before = stored.evidence(method.name)  # what the library ships, wherever one works
         if before is None:
             raise CallError(f"{self.path(method)} does not exist; 'polopt evidence {given or method.name}' makes it")
         after = self.carry_out(method, given)
@@ -143,7 +146,7 @@ class Evidence:
 
     # ---------------------------------------------------------------- runs
     def carry_out(self, method: Method, given: str | None) -> dict[str, Any]:
-        """The experiment's result, from runs that are done or done now."""
+        """The experiment's result, from runs that are done or done now. Raises `PoloptError` where no seed gave two numbers."""
         m, sides = miniature_of(method), arms(method, given)
         found = {arm.name: values(resolved(arm, m)) for arm in sides}
         code = {arm.name: code_of(resolved(arm, m)) for arm in sides}  # of parts that are not the library's
@@ -160,6 +163,9 @@ class Evidence:
         if compared.signal is not None or any(r.status == "unfinished" for r in both):
             raise Unfinished(method.name, folder, compared.signal)
         weighed = miniature.weigh(method, runs[method.name], runs[sides[-1].name])
+        if not weighed["pairs"]:
+            why = next((r.error for r in both if r.error), "no run ended")
+            raise PoloptError(f"the experiment of {method.name} gave no pair of numbers, so nothing is stored: {why} ({folder})")
         for name, entry in weighed["arms"].items():
             entry |= {"settings": found.get(name, {}), **({"code": code[name]} if code.get(name) else {})}
         return self.whole(method, given, weighed, both)
@@ -218,19 +224,7 @@ def library_code() -> str:
     """A hash of the library's code that runs depend on; comments and docstrings do not count."""
     root = Path(__file__).parents[2]
     files = sorted(f for f in root.rglob("*.py") if f.relative_to(root).parts[0] not in APART)
-    return digest([[str(f.relative_to(root)), _skeleton(f)] for f in files])
-
-
-def _skeleton(path: Path) -> str:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and _documented(node):
-            node.body = node.body[1:]
-    return digest(ast.dump(tree))
-
-
-def _documented(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
-    return ast.get_docstring(node, clean=False) is not None
+    return digest([[str(f.relative_to(root)), digest(stored.skeleton(f.read_text(encoding="utf-8")))] for f in files])
 
 
 def _seconds(run: RunResult) -> float:

@@ -199,6 +199,9 @@ def _live(method: Method, golden: Golden) -> Outcome:
     error = _error(found.final, golden.final)
     pairs = enumerate(zip(found.chain, golden.chain, strict=True))
     differs = next((i for i, (a, b) in pairs if a != b), None)
+    if differs is None and error > 0:
+        last = len(golden.chain) - 1
+        return Outcome("live", False, error, last, "the stored end is not the one of its last hash: the file is damaged")
     if differs is None:
         return Outcome("live", True, error, None)
     if differs == 0:

@@ -223,7 +223,8 @@ def sentence(method: Method, result: Mapping[str, Any]) -> str:
     what = f"{metric_name(m)} on {m.task} after {m.budget}"
     lost = len(result["arms"][method.name]["failed"])
     failed = f"; {lost} failed" if lost else ""
-    return f"{method.name} against {other}, {what}: {gained} ({goal} expected; {result['pairs']} paired seeds{failed})"
+    pairs = f"{result['pairs']} paired seed{'' if result['pairs'] == 1 else 's'}"
+    return f"{method.name} against {other}, {what}: {gained} ({goal} expected; {pairs}{failed})"
 
 
 def metric_name(m: Miniature) -> str:

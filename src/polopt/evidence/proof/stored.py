@@ -121,11 +121,25 @@ def words(method: Method) -> tuple[str, str]:
 
 # -------------------------------------------------------------------- whether it still holds
 def fingerprint(method: Method) -> str:
-    """Changes with the method's parts and settings, and with the source files of its parts."""
+    """Changes with the method's parts and settings, and with the code of its parts; texts and layout do not count."""
     lines = [f"{path} = {_text(leaf.value) if isinstance(leaf.type, Slot) else repr(leaf.value)}" for path, leaf in _leaves(method)]
     files = {f for part in method.parts().values() for f in sources(cast(Hashable, type(part)))}
-    digests = sorted(hashlib.sha256(f.read_bytes().replace(b"\r\n", b"\n")).hexdigest() for f in files)
+    digests = sorted(hashlib.sha256(skeleton(f.read_text(encoding="utf-8")).encode()).hexdigest() for f in files)
     return hashlib.sha256("\n".join([*lines, *digests]).encode()).hexdigest()[:16]
+
+
+def skeleton(source: str) -> str:
+    """Source code without comments, docstrings, layout, and imports for the type checker alone."""
+
+    class Bare(ast.NodeTransformer):
+        def visit_If(self, node: ast.If) -> ast.AST | None:
+            typing = isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+            return None if typing else self.generic_visit(node)
+
+        def visit_Expr(self, node: ast.Expr) -> ast.AST | None:
+            return None if isinstance(node.value, ast.Constant) else self.generic_visit(node)
+
+    return ast.unparse(Bare().visit(ast.parse(source)))
 
 
 def _leaves(method: Method) -> list[tuple[str, Any]]:
@@ -155,4 +169,6 @@ def sources(cls: Hashable) -> frozenset[Path]:
     return frozenset(found.values())
 
 
-__all__ = ["certificate", "evidence", "find", "fingerprint", "folders", "home", "read", "registered", "summary", "words"]
+__all__ = [
+    "certificate", "evidence", "find", "fingerprint", "folders", "home", "read", "registered", "skeleton", "summary", "words",
+]  # fmt: skip
