@@ -106,11 +106,12 @@ def papers() -> str:
     for name, m in polopt.methods().items():
         known = stored.summary(m)
         proof = known["certificate"]
-        certified = "-" if proof is None else f"{'certified' if proof['certified'] else 'NOT certified'} {_day(proof)}"
+        word = stored.words(m)[1]
+        certified = "-" if proof is None else f"{word} {_day(proof)}"
         link = f"[`{name}`](#{name})"
         parent = f"`{m.parent.name}`" if m.parent else ""
         paper = ", ".join(x for x in (_paper(m.paper), str(m.year or "")) if x)
-        rows.append((link, paper, parent, str(len(known["identities"])), _evidence(known["evidence"]), certified))
+        rows.append((link, paper, parent, str(len(known["identities"])), _evidence(m, known["evidence"]), certified))
     return _table(("method", "paper", "a change of", "identities", "evidence", "certificate"), rows)
 
 
@@ -126,7 +127,9 @@ def claims() -> str:
         lines = [f"## {name}", f"{m.title}, {_paper(m.paper)}. *The paper's claim:* {' '.join(m.claim.split())}"]
         if mini is not None:
             other = mini.baseline or (m.parent.name if m.parent else "itself before training")
-            lines.append(f"*In small:* {mini.claim} (`{mini.task}`, {mini.budget}, {mini.seeds} seeds, against {other})")
+            seeds = f"seeds {mini.runs[0]} to {mini.runs[-1]}"
+            tested = found["tested"] if found else mini.claim
+            lines.append(f"*In small:* {tested} (`{mini.task}`, {mini.budget}, {seeds}, against {other})")
         lines.append(f"*Evidence:* {found['sentence']} ({_day(found)})" if found else "*Evidence:* none yet.")
         lines.append(f"*Certificate:* {proof['line']} ({_day(proof)})" if proof else "*Certificate:* none yet.")
         if known["identities"]:
@@ -139,13 +142,16 @@ def _day(entry: dict[str, Any]) -> str:
     return str(entry["date"] or "")[:10]
 
 
-def _evidence(found: dict[str, Any] | None) -> str:
+def _evidence(method: Any, found: dict[str, Any] | None) -> str:
+    from polopt.evidence.proof import miniature
+
     if found is None:
         return "-"
     gap = found["difference"] or {}
     interval = "" if gap.get("low") is None else f" [{gap['low']:.3g}, {gap['high']:.3g}]"
     number = f"{gap['mean']:+.3g}{interval}" if gap.get("mean") is not None else ""
-    return f"{found['result']}: {number} against `{found['baseline']}`"
+    m = miniature.miniature_of(method)
+    return f"{found['result']}: {miniature.metric_name(m)} {number} against `{found['baseline']}` ({miniature.goal(m)} expected)"
 
 
 def certificate() -> str:

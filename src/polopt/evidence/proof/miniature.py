@@ -218,13 +218,17 @@ def sentence(method: Method, result: Mapping[str, Any]) -> str:
     gap = result["difference"]
     spread = "" if gap["low"] is None else f" [{gap['low']:.3g}, {gap['high']:.3g}]"
     gained = "no seed gave a number" if gap["mean"] is None or gap["mean"] != gap["mean"] else f"{gap['mean']:+.3g}{spread}"
-    more = f" by more than {m.margin:g}" if m.margin else ""
-    goal = {"higher": f"higher{more}", "lower": f"lower{more}", "not worse": f"at most {m.margin:g} worse"}[m.expect]
     what = f"{metric_name(m)} on {m.task} after {m.budget}"
     lost = len(result["arms"][method.name]["failed"])
     failed = f"; {lost} failed" if lost else ""
     pairs = f"{result['pairs']} paired seed{'' if result['pairs'] == 1 else 's'}"
-    return f"{method.name} against {other}, {what}: {gained} ({goal} expected; {pairs}{failed})"
+    return f"{method.name} against {other}, {what}: {gained} ({goal(m)} expected; {pairs}{failed})"
+
+
+def goal(m: Miniature) -> str:
+    """What a miniature expects of the difference, in words."""
+    more = f" by more than {m.margin:g}" if m.margin else ""
+    return {"higher": f"higher{more}", "lower": f"lower{more}", "not worse": f"at most {m.margin:g} worse"}[m.expect]
 
 
 def metric_name(m: Miniature) -> str:
@@ -237,6 +241,6 @@ def metric_name(m: Miniature) -> str:
 
 
 __all__ = [
-    "UNTRAINED", "Arm", "arms", "baseline_name", "declared", "digest", "fingerprint", "judge", "metric_name", "miniature_of",
-    "number", "resolved", "sentence", "stale", "untrained", "values", "weigh",
+    "UNTRAINED", "Arm", "arms", "baseline_name", "declared", "digest", "fingerprint", "goal", "judge", "metric_name",
+    "miniature_of", "number", "resolved", "sentence", "stale", "untrained", "values", "weigh",
 ]  # fmt: skip

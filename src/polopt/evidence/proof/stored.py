@@ -21,8 +21,8 @@ FOLDER = "evidence"
 CERTIFICATES, GOLDEN = "certificates", "golden"
 #: What the catalogue shows of a stored file.
 EVIDENCE_SHOWN = (
-    "result", "sentence", "claim", "tested", "baseline", "task", "budget", "metric", "expect", "difference", "pairs", "seeds",
-    "date", "commit", "command",
+    "result", "sentence", "claim", "tested", "baseline", "task", "budget", "metric", "reduce", "expect", "margin", "difference",
+    "pairs", "seeds", "date", "commit", "command",
 )  # fmt: skip
 CERTIFICATE_SHOWN = ("certified", "line", "reasons", "date", "commit", "seconds", "command")
 RESULTS = ("shown", "not shown", "undecided")

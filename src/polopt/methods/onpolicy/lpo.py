@@ -8,10 +8,11 @@ its slope are 0 there. Lu et al., "Discovered policy optimisation" (arXiv 2210.0
 to the policy: it is read from an artefact (`surrogate.weights`), and no update moves it.
 
 The paper learns phi over 1025 generations of 30 million steps of Brax's Ant. The drift shipped here, `cartpole`, was
-learnt in minutes by `benchmarks/learn_drift.py`: 40 generations of 16 runs of 6,000 steps. Where many large steps are
-made per batch it does what PPO's clip does on CartPole (393 against 359; the plain ratio 89, means of ten seeds), and on
-tasks it never saw it is better than the plain ratio and far from the clip (Pendulum -835, ratio -1247, clip -390;
-Acrobot -241, -301, -91). Not included: the search itself, which is `polopt.loops.search`.
+learnt in minutes by `benchmarks/learn_drift.py`: 40 generations of 16 runs of 6,000 steps. In that program's own comparison
+(`assets/drift/cartpole.json`, means of ten seeds that the search did not use; many large steps per batch) it does what PPO's
+clip does on CartPole (393 against 359; the plain ratio 89), and on tasks it never saw it is better than the plain ratio and
+far from the clip (Pendulum -835, ratio -1247, clip -390; Acrobot -241, -301, -91).
+Not included: the search itself, which is `polopt.loops.search`.
 """
 
 from math import inf
