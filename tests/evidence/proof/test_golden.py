@@ -128,6 +128,13 @@ def test_a_difference_of_collecting_alone_is_told(recorded: golden.Golden) -> No
     assert "what is collected differs" in found.message or "so it does" in found.message
 
 
+def test_an_end_that_is_not_the_last_hash_s_is_damage(recorded: golden.Golden) -> None:
+    found = golden.check(get_method("ppo"), replace(recorded, final=recorded.final + 1e-3), "live")
+    assert not found.ok
+    assert not found.identical
+    assert "the file is damaged" in found.message
+
+
 def test_a_method_that_needs_more_than_was_recorded_says_so(recorded: golden.Golden) -> None:
     wider = replace(recorded, batches=[{k: replace(b, reward=None) for k, b in one.items()} for one in recorded.batches])
     found = golden.check(get_method("ppo"), wider, "replay")
