@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 
 import polopt
-from polopt.errors import CallError
+from polopt.errors import CallError, PoloptError
 from polopt.evidence.compare.read import read_comparison
 from polopt.evidence.compare.run import Compared
 
@@ -262,18 +263,27 @@ if how == "crash":
     raise SystemExit("it broke")
 waste = bytearray(60_000_000)
 with open(f"{out}/metrics.jsonl", "w") as f:
-    for i in range(3):
+    for i in (0, 2, 1) if how == "back" else range(3):
         score = float("nan") if how == "nan" and i == 2 else seed + i
         share = 0.1 if how == "short" else 1.0
         f.write(json.dumps({"decisions": int(amount * share * i / 2), "seconds": i, "eval_score": score}) + "\\n")
 """
 
 
-def test_external_programs(go: Go, tmp_path: Path) -> None:
+def test_external_programs(go: Go, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "program.py").write_text(PROGRAM)
     command = f"{sys.executable} {tmp_path}/program.py {{task}} {{seed}} {{decisions}} {{out}}"
-    external = {how: f"{command} {how}" for how in ("good", "crash", "nan", "short")}
-    found = go(["ppo"], external=external, seeds=2, budget="64-decisions").comparison
+    external = {how: f"{command} {how}" for how in ("good", "crash", "nan", "short", "back")}
+    found = go(["ppo"], external=external, seeds=2, budget="64-decisions", quiet=False).comparison
+    told = dict(re.findall(r"^\d+/12  (\w+) seed 0  (.*)  0:0\d$", capsys.readouterr().out, re.MULTILINE))
+    assert told == {
+        "ppo": told["ppo"],
+        "good": "done  eval_score 2",
+        "crash": "failed  ended with status 1: it broke",
+        "nan": "failed  its last eval_score is not a number",
+        "short": "failed  ended after 6 of 64 decisions",
+        "back": "failed  metrics.jsonl goes back from 64 to 32 decisions: lines must be in order",
+    }  # as each of them ended, and as it is counted
     good = found.of("good")[1]
     assert good.status == "done"
     assert good.spent.tolist() == [0, 32, 64]
@@ -285,6 +295,7 @@ def test_external_programs(go: Go, tmp_path: Path) -> None:
     assert found.of("crash")[0].error == "ended with status 1: it broke"
     assert found.of("nan")[0].error == "its last eval_score is not a number"
     assert found.of("short")[0].error == "ended after 6 of 64 decisions"
+    assert found.of("back")[0].error == "metrics.jsonl goes back from 64 to 32 decisions: lines must be in order"
     before = identity(good.folder)
     again = go(["ppo"], external={"good": external["good"]}, seeds=2, budget="64-decisions").comparison
     assert identity(good.folder) == before
@@ -352,3 +363,34 @@ def test_the_processor_is_told_and_a_mixture_of_them(go: Go, tmp_path: Path, mon
     monkeypatch.setattr(run, "_cpu", lambda: "Elsewhere 1")
     words = go(["reinforce"], seeds=3).words
     assert "Runs differ in cpu: Some Processor 9000 (reinforce seed 0, reinforce seed 1); Elsewhere 1 (reinforce seed 2)." in words
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_metric_that_does_not_exist_ends_it_after_the_first_run(
+    go: Go, tmp_path: Path, jobs: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(PoloptError) as error:
+        go(["a2c", "ppo"], metric="eval_scor", seeds=4, jobs=jobs, quiet=False)
+    told = str(error.value)
+    assert error.value.exit_code == 1
+    assert "there is no metric 'eval_scor' in the run of " in told
+    assert "did you mean 'eval_score'? It has " in told
+    assert told.count("explained_variance") == 1
+    assert "explained_variance" not in capsys.readouterr().out  # keys are listed once
+    begun = sorted(str(p.relative_to(tmp_path / "out/runs")) for p in (tmp_path / "out/runs").glob("*/s*"))
+    assert begun == ["a2c/s0", "ppo/s0"][:jobs]
+    assert f"{8 - len(begun)} of 8 runs were not begun" in told
+    # what ran is kept: asked again nothing runs, and with a metric that exists it is used
+    before = identity(tmp_path / "out/runs")
+    with pytest.raises(PoloptError, match="there is no metric 'foo'"):
+        go(["a2c", "ppo"], metric="foo", seeds=4, jobs=jobs)
+    assert identity(tmp_path / "out/runs") == before
+    assert {r.status for r in go(["a2c", "ppo"], seeds=1).comparison.runs} == {"done"}
+    after = identity(tmp_path / "out/runs")
+    assert {k: after[k] for k in before} == before
+
+
+def test_a_metric_that_one_contestant_has_is_no_reason_to_stop(go: Go) -> None:
+    found = go(["ppo", "reinforce"], metric="explained_variance", jobs=1).comparison
+    assert {(r.contestant, r.status) for r in found.runs} == {("ppo", "done"), ("reinforce", "failed")}
+    assert found.of("reinforce")[0].error.startswith("no 'explained_variance' in metrics.jsonl")

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import difflib
+import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
-from polopt.errors import CallError, nearest
+from polopt.errors import CallError
 from polopt.evidence.compare.folders import Damaged, read_metrics, read_record
 from polopt.evidence.compare.results import Comparison, Contestant, RunResult, Status
 
@@ -20,6 +22,8 @@ PLAN = "plan.json"
 SPENT = {"updates": "update"}
 #: An external program that spent less than this share of the budget was not compared at equal budget.
 LEAST = 0.9
+#: Up to this many keys are named where the metric is not among them.
+FEW = 8
 
 
 def read_comparison(out: Path | str) -> Comparison:
@@ -109,7 +113,42 @@ def _judge(
         most = max((_number(line.get(key)) for line in lines if line.get(key) is not None), default=0.0)
         if most < LEAST * plan["budget"]:
             return "failed", f"ended after {most:g} of {plan['budget']:g} {plan['unit']}"
+        if back := _backwards(lines, key):
+            return "failed", back
     return "done", ""
+
+
+def _backwards(lines: Sequence[Mapping[str, Any]], key: str) -> str:
+    """Where what was spent goes back, in words: a curve with such lines could be read in more than one way. Empty if nowhere."""
+    spent = [_number(line[key]) for line in lines if math.isfinite(_number(line.get(key)))]
+    for before, after in itertools.pairwise(spent):
+        if after < before:
+            return f"metrics.jsonl goes back from {before:g} to {after:g} {key}: lines must be in order"
+    return ""
+
+
+def verdict_on(folder: Path, contestant: Contestant, seed: int, plan: Mapping[str, Any]) -> str:
+    """Why a run that came to its end counts as failed all the same, empty if it counts."""
+    found = read_run(folder, contestant, seed, plan)
+    return found.error if found.status == "failed" else ""
+
+
+def offered(folder: Path) -> set[str]:
+    """What a finished run can be compared by: keys of its lines, and numbers of its summary."""
+    try:
+        lines = read_metrics(folder, whole=False)
+    except Damaged:
+        return set()
+    numbers = {k for k, v in _json(folder / "summary.json").items() if isinstance(v, int | float) and not isinstance(v, bool)}
+    return {k for line in lines for k in line} | (numbers if lines else set())
+
+
+def absent(metric: str, contestant: str, seed: int, keys: Iterable[str]) -> str:
+    """That a run's metric does not exist, the nearest key that does, and all of them."""
+    known = sorted(set(keys))
+    close = difflib.get_close_matches(metric, known, n=1)
+    near = f"; did you mean '{close[0]}'?" if close else "."
+    return f"there is no metric '{metric}' in the run of {contestant}, seed {seed}{near} It has {', '.join(known)}"
 
 
 def spent_in(lines: Sequence[Mapping[str, Any]], unit: str) -> str:
@@ -127,7 +166,9 @@ def missing(lines: Sequence[Mapping[str, Any]], plan: Mapping[str, Any]) -> str:
     """What metrics.jsonl lacks to count, empty if nothing."""
     key, keys = plan["metric"], {k for line in lines for k in line}
     if key not in keys:
-        return f"no '{key}' in metrics.jsonl{nearest(key, keys)}"
+        close = difflib.get_close_matches(key, sorted(keys), n=1)
+        near = f", did you mean '{close[0]}'?" if close else f"; it has {', '.join(sorted(keys))}" if 0 < len(keys) <= FEW else ""
+        return f"no '{key}' in metrics.jsonl{near}"
     spent_key = spent_in(lines, plan["unit"])
     if not _scored(lines, key, spent_key):
         return f"no line of metrics.jsonl has both '{key}' and a number for '{spent_key}', what was spent of the budget"
@@ -180,4 +221,4 @@ def _last_of(path: Path) -> str:
     return lines[-1].strip() if lines else ""
 
 
-__all__ = ["PLAN", "missing", "read_comparison", "read_run", "spent_in"]
+__all__ = ["PLAN", "absent", "missing", "offered", "read_comparison", "read_run", "spent_in", "verdict_on"]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from polopt.errors import CallError, Note, PoloptError
 from polopt.evidence.compare.amounts import doubtful
 from polopt.evidence.compare.entries import entries_of, external_entries, plain
-from polopt.evidence.compare.folders import Damaged, Identity, inspect_external, inspect_run, read_record, set_aside
+from polopt.evidence.compare.jobs import Jobs
 from polopt.evidence.compare.live import Table
 from polopt.evidence.compare.place import alone, folder_of
 from polopt.evidence.compare.plan import (
@@ -38,9 +38,6 @@ from polopt.run import Budget, RunFolder, environment
 
 if TYPE_CHECKING:
     from polopt.evidence.compare.findings import Analysis
-
-#: Versions of which a mixture is told.
-TOLD = ("polopt", "commit", "torch", "python")
 
 
 @dataclass
@@ -131,7 +128,7 @@ def describe(
 ) -> str:
     """What `compare` would run with the same arguments, in words; runs nothing and writes nothing."""
     comparing = _begin(contestants, task, out, jobs, timeout, True, asking)
-    comparing.refuse_others()
+    comparing.jobs.refuse_others(comparing.arms)
     return comparing.describe()
 
 
@@ -162,13 +159,14 @@ class _Comparing:
         self.slots = jobs or (1 if accelerated else len(os.sched_getaffinity(0)))
         self.timeout = timeout
         self.versions = {**environment(), "cpu": _cpu()}
+        self.jobs = Jobs(asked, folder, self.versions)
         self.notes: list[str] = []
         self.command = command_of(asked, folder, jobs)
 
     def carry_out(self, *, page: bool, lock: int | None = None) -> Compared:
         """Tune, run, read, weigh, show. lock: an open file to be held as long as any run lives."""
         if not self.asked.tune:
-            self.refuse_others()
+            self.jobs.refuse_others(self.arms)
         domains = dict.fromkeys(a.resolved.task.domain for a in self.arms if a.resolved is not None)
         modules = [m for d in domains for m in modules_for(d)]
         scheduler = Scheduler(self.folder, self.slots, modules, _Silent(), timeout=self.timeout, lock=lock)
@@ -178,13 +176,13 @@ class _Comparing:
                 from polopt.evidence.compare.tune import tune
 
                 go = partial(self.run, scheduler, what="tuning")
-                self.arms = tune(self.asked, self.arms, self.folder / "tune", self.make_jobs, go)
+                self.arms = tune(self.asked, self.arms, self.folder / "tune", self.jobs.make, go)
                 self.notes += [a.note for a in self.arms if a.note]
                 self.save_plan()
                 if scheduler.signal is None:
-                    self.refuse_others()
+                    self.jobs.refuse_others(self.arms)
             if scheduler.signal is None:
-                jobs = [self.make_jobs(arm, self.place(arm), self.asked.seeds) for arm in self.arms]
+                jobs = [self.jobs.make(arm, self.jobs.place(arm), self.asked.seeds) for arm in self.arms]
                 paired = [job for same_seed in zip(*jobs, strict=True) for job in same_seed]
                 scheduler.idle = _weighing
                 self.run(scheduler, paired)
@@ -209,10 +207,10 @@ class _Comparing:
         for arm in self.arms:
             words = [f"  {arm.name}:"]
             if arm.resolved is None:
-                words.append(shlex.join(external_words(a, arm.entry, a.seeds[0], self.place(arm) / f"s{a.seeds[0]}")))
+                words.append(shlex.join(external_words(a, arm.entry, a.seeds[0], self.jobs.place(arm) / f"s{a.seeds[0]}")))
             elif (updates := planned_updates(arm.resolved.method, arm.resolved.task, arm.resolved.settings)) is not None:
                 words.append(f"{updates[0]:,}{f' to {updates[1]:,}' * (updates[0] < updates[1])} updates per run")
-            there = sum(self._finished(arm, seed) for seed in a.seeds)
+            there = sum(self.jobs.finished(arm, seed) for seed in a.seeds)
             lines.append(" ".join(words) + f" ({there} of {len(a.seeds)} runs are there)" * bool(there))
         if a.tune:
             from polopt.evidence.compare.tune import search_space
@@ -225,15 +223,12 @@ class _Comparing:
             lines.append(f"note: {said}")
         return "\n".join(lines)
 
-    def _finished(self, arm: Arm, seed: int) -> bool:
-        look = inspect_external if arm.resolved is None else inspect_run
-        try:
-            return look(self.place(arm) / f"s{seed}") == "finished"
-        except Damaged:
-            return False
-
     def run(self, scheduler: Scheduler, jobs: Sequence[Job], what: str = "comparing") -> bool:
         """Run jobs under a table; False when a signal ended it."""
+        for job in jobs if scheduler.signal is None else ():
+            if job.state == "done":
+                scheduler.look_for_metric(job)
+        self._refuse_metric(scheduler, jobs)
         if scheduler.signal is not None or not any(j.state == "waiting" for j in jobs):
             return scheduler.signal is None
         there = sum(j.state == "done" for j in jobs)
@@ -255,84 +250,17 @@ class _Comparing:
         finally:
             table.close()
             scheduler.watcher = _Silent()
+        self._refuse_metric(scheduler, jobs)
         return scheduler.signal is None
 
-    def place(self, arm: Arm) -> Path:
-        """The folder of a contestant's runs."""
-        return self.folder / "runs" / arm.entry.folder
-
-    # ------------------------------------------------------------------------------------------------- runs that exist
-    def refuse_others(self) -> None:
-        """Raise `CallError` for a run that was made with other settings; nothing is moved or started before."""
-        for arm in self.arms:
-            self.check_runs(arm, self.place(arm), self.asked.seeds)
-
-    def check_runs(self, arm: Arm, root: Path, seeds: Sequence[int]) -> None:
-        """Compare the runs that a contestant has already with what they are to be."""
-        here = [s for s in seeds if (root / f"s{s}").exists()]
-        identity = Identity.of(arm.at(seeds[0])) if here and arm.resolved is not None else None
-        for seed in here:
-            path = root / f"s{seed}"
-            try:
-                if identity is None:
-                    if inspect_external(path) != "absent":
-                        _refuse_other_program(path, self.program(arm, seed))
-                elif command := read_record(path).get("command"):
-                    raise CallError(
-                        f"{path} holds a run of the program '{command}', {arm.name} is a method here; give another --out or name, "
-                        "or move that folder away"
-                    )
-                elif inspect_run(path) != "absent":
-                    identity.refuse_other(path, seed)
-            except Damaged:
-                continue
-
-    def program(self, arm: Arm, seed: int) -> dict[str, Any]:
-        """What an external program was asked for."""
-        a = self.asked
-        return {"command": arm.entry.command, "task": a.task_name, "budget": a.text, "seed": seed, "points": a.points}
-
-    def make_jobs(self, arm: Arm, root: Path, seeds: Sequence[int]) -> list[Job]:
-        """The runs of a contestant; finished ones are done already, damaged ones are set aside."""
-        self.check_runs(arm, root, seeds)
-        return [self.make_job(arm, root / f"s{seed}", seed) for seed in seeds]
-
-    def make_job(self, arm: Arm, path: Path, seed: int) -> Job:
-        """One run."""
-        a = self.asked
-        job = Job(arm.name, seed, path, plan={"metric": a.metric, "unit": a.budget.unit, "budget": a.budget.amount})
-        record: dict[str, Any] = {"contestant": arm.name, "seed": seed, "versions": self.versions}
-        if arm.resolved is None:
-            job.words = external_words(self.asked, arm.entry, seed, path.resolve())
-            record |= self.program(arm, seed)
-        else:
-            first, *rest = arm.layers
-            layers = [first._replace(values={**first.values, "seed": seed}), *rest]
-            job.spec = {"method": arm.entry.method, "task": self.asked.task, "layers": [tuple(layer) for layer in layers]}
-            identity = self.identity(arm)
-            record |= {"identity": identity.fingerprint(seed), "code": identity.code, "data": dict(identity.data)}
-        job.record = record
-        try:
-            state = inspect_external(path) if arm.resolved is None else inspect_run(path)
-        except Damaged as error:
-            job.notes.append(set_aside(path, str(error)))
-            state = "absent"
-        if state == "finished":
-            job.state = "done"
-        elif state == "partial" and arm.resolved is not None:
-            before = read_record(path).get("versions") or self.versions
-            if changed := [k for k in TOLD if before.get(k) != self.versions.get(k)]:
-                was = ", ".join(f"{k} {before.get(k)} -> {self.versions.get(k)}" for k in changed)
-                job.notes.append(f"{arm.name}, seed {seed}, was continued with other versions: {was}")
-        return job
-
-    def identity(self, arm: Arm) -> Identity:
-        """What makes a contestant's runs its runs; looked up once."""
-        known: dict[int, Identity] = self.__dict__.setdefault("_identities", {})
-        if id(arm) not in known:
-            known[id(arm)] = Identity.of(arm.at(self.asked.seeds[0]))
-            self.__dict__.setdefault("_kept", []).append(arm)  # so that the id stays taken
-        return known[id(arm)]
+    def _refuse_metric(self, scheduler: Scheduler, jobs: Sequence[Job]) -> None:
+        """Raise `PoloptError` where a run that ended shows that the metric does not exist."""
+        if scheduler.absent:
+            left = sum(j.state in ("waiting", "unfinished") for j in jobs)
+            raise PoloptError(
+                f"{scheduler.absent}. {left} of {len(jobs)} runs were not begun; what ran is kept in {self.folder}, and is used "
+                "when the same command is given with another --metric"
+            )
 
     # --------------------------------------------------------------------------------------------------------- the plan
     def save_plan(self) -> None:
@@ -377,16 +305,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
     return getattr(value, "name", None) or getattr(value, "__name__", None) or plain(value)
-
-
-def _refuse_other_program(path: Path, program: Mapping[str, Any]) -> None:
-    record = read_record(path)
-    for key, value in program.items():
-        if record.get(key) != value:
-            raise CallError(
-                f"{path} holds a run of a program with {key} = {record.get(key)}, this comparison has {value}; give another --out, "
-                "or move that folder away to run it anew"
-            )
 
 
 def _weighing() -> None:

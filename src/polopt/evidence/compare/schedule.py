@@ -21,7 +21,8 @@ from typing import Any, Protocol
 from polopt.errors import CallError, PoloptError
 from polopt.evidence.compare import worker
 from polopt.evidence.compare.folders import note, read_metrics, read_record, set_aside
-from polopt.evidence.compare.read import missing
+from polopt.evidence.compare.read import absent, missing, offered, verdict_on
+from polopt.evidence.compare.results import Contestant
 
 #: A run that was killed is continued this often.
 CONTINUED = 1
@@ -39,7 +40,7 @@ class Job:
     words: Sequence[str] = ()
     record: Mapping[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    plan: Mapping[str, Any] = field(default_factory=lambda: {"metric": "eval_score", "unit": "decisions"})
+    plan: Mapping[str, Any] = field(default_factory=lambda: {"metric": "eval_score", "unit": "decisions", "budget": 0.0})
     state: str = "waiting"  # waiting, running, done, failed, unfinished
     error: str = ""
     killed: int = 0
@@ -157,6 +158,8 @@ class Scheduler:
         self.out, self.slots, self.preload, self.watcher, self.timeout, self.wait = out, jobs, preload, watcher, timeout, wait
         self.lock = lock  # an open file that the worker keeps open as long as a child lives
         self.signal: int | None = None
+        self.metric_exists = False
+        self.absent = ""  # in words that the metric does not exist: no further job is begun
         self.idle: Callable[[], object] | None = None  # called once, when a core has nothing left to do
         self._signals_seen = self._signals_told = 0
         self._worker: Worker | None = None
@@ -183,6 +186,8 @@ class Scheduler:
                 if self.signal is not None:
                     waiting = self._drop(waiting)
                     self._tell_signals()
+                elif self.absent:
+                    waiting = self._drop(waiting)
                 while waiting and len(self._active) < self.slots:
                     self._start(waiting.pop(0))
                 self.warm()
@@ -199,7 +204,8 @@ class Scheduler:
                         waiting = [*([job] if job is not None else []), *waiting]
                 self._watch_time()
                 self.watcher.tick()
-                if self.idle is not None and self.signal is None and not waiting and len(self._active) < self.slots:
+                over = self.signal is not None or self.absent
+                if self.idle is not None and not over and not waiting and len(self._active) < self.slots:
                     self.idle()
                     self.idle = None
 
@@ -276,9 +282,21 @@ class Scheduler:
         elif job.state == "unfinished":
             note(job.folder, status="interrupted")
         else:
-            note(job.folder, status="done")
+            note(job.folder, status="done")  # also of one that does not count: it came to its end, and is not run again
+            if why := verdict_on(job.folder, Contestant(job.contestant, command=" ".join(job.words)), job.seed, job.plan):
+                job.state, job.error = "failed", why
+            self.look_for_metric(job)
         self.watcher.ended(job)
         return None
+
+    def look_for_metric(self, job: Job) -> None:
+        """Notice in a run of the library that has ended that the metric does not exist: neither there nor in any run so far."""
+        if self.metric_exists or self.absent:
+            return
+        metric, keys = job.plan["metric"], offered(job.folder)
+        self.metric_exists = metric in keys or any(metric in offered(j.folder) for j in self._active.values())
+        if keys and job.spec and not self.metric_exists:
+            self.absent = absent(metric, job.contestant, job.seed, keys)
 
     def _judge_program(self, job: Job, status: int, stopped: bool) -> str:
         """done, failed or unfinished, for an external program that ended."""
