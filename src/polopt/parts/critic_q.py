@@ -212,7 +212,8 @@ def quantile_huber(
 
         def moments(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             """Count, sum of u and sum of u^2 over goals a..b-1."""
-            n, one, two = b - a, first.gather(-1, b) - first.gather(-1, a), second.gather(-1, b) - second.gather(-1, a)
+            n = (b - a).to(torch.float64)  # an integer times kappa would be a float32
+            one, two = first.gather(-1, b) - first.gather(-1, a), second.gather(-1, b) - second.gather(-1, a)
             return n, one - n * theta, two - 2 * theta * one + n * theta.square()
 
         (below, far_below, _), (_, near_below, square_below) = moments(start, low), moments(low, zero)
