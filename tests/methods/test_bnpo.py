@@ -171,6 +171,8 @@ def test_decomposition(seed: int, channels: int) -> None:
     each = [of(BetaNormalised(), replace(batch, reward=batch.reward[..., k : k + 1])) for k in range(channels)]
     torch.testing.assert_close(of(BetaNormalised(), batch), torch.stack(each).mean(0), atol=1e-9, rtol=1e-10)
     summed = of(BetaNormalised(decompose=False, high=float(channels)), batch)
+    share = replace(batch, reward=batch.reward.sum(2, keepdim=True) / channels)
+    torch.testing.assert_close(summed, of(BetaNormalised(), share), atol=1e-9, rtol=1e-10)
     assert float((summed - of(BetaNormalised(), batch)).abs().max()) > 1e-3
 
 
@@ -253,6 +255,74 @@ def test_running_moments() -> None:
     assert BetaNormalised().observe("scored", batch=one, memory=memory) == {}
     nothing = replace(one, mask=torch.zeros_like(one.mask))
     assert part.observe("scored", batch=nothing, memory=memory) == {}
+
+
+def test_equal_rewards_whose_mean_is_rounded_teach_nothing() -> None:
+    """0.1 + 0.1 + 0.1 is not three times 0.1 in double precision; the difference is neither kept nor divided by f."""
+    batch = two([0.1, 0.1, 0.1, 1.0, 0.0], [0, 0, 0, 1, 1])
+    assert float(batch.pool(batch.outcome(), "group", "mean")[0]) != 0.1
+    assert of(BetaNormalised(), batch)[:3].tolist() == [[0.0, 0.0]] * 3
+
+
+def test_prompts_without_answers_are_not_prompts() -> None:
+    """A group of which no row has a decision neither counts nor makes the moments infinite."""
+    rewards, group = [1.0, 0, 0, 0, 1, 1, 1, 0], [0] * 4 + [1] * 4
+    found = of(BetaNormalised(), two([*rewards, 1.0], [*group, 2], mask=torch.tensor([[1.0, 1]] * 8 + [[0, 0]])))
+    assert torch.equal(found[:8], of(BetaNormalised(), two(rewards, group)))
+    assert found[8].tolist() == [0.0, 0.0]
+
+
+def test_the_range_of_rewards_is_that_of_rows_with_decisions() -> None:
+    """An empty row has an outcome of 0, which [1, 2] does not hold; a row is checked though part of it is padding."""
+    mask = torch.tensor([[1.0, 1], [1, 0], [0, 0]])
+    found = of(BetaNormalised(low=1.0, high=2.0), two([1.0, 2.0, 1.0], [0, 0, 0], mask=mask))
+    assert found.tolist() == [[-0.5, -0.5], [0.5, 0.0], [0.0, 0.0]]
+    with pytest.raises(CallError, match=r"row 1 has 1\.5"):
+        of(BetaNormalised(), two([0.0, 1.5, 1.0], [0, 0, 0], mask=mask))
+
+
+@pytest.mark.parametrize(("low", "high"), [(-5e-7, 1 + 5e-7), (-1e-6, 1 + 1e-6)])
+def test_rewards_a_rounding_out_of_range_are_those_of_its_ends(low: float, high: float) -> None:
+    group = [0, 0, 0, 1, 1, 1]
+    assert torch.equal(
+        of(BetaNormalised(), two([low, high, high, low, low, high], group)),
+        of(BetaNormalised(), two([0, 1, 1, 0, 0, 1], group)),
+    )
+
+
+@pytest.mark.parametrize("bad", [-1.5e-6, 1 + 1.5e-6])
+def test_rewards_further_out_of_range_are_refused(bad: float) -> None:
+    with pytest.raises(CallError, match="takes rewards in"):
+        of(BetaNormalised(), two([0.0, 1.0, bad], [0, 0, 0]))
+
+
+def test_fewer_than_two_prompts_have_the_moments_of_the_start() -> None:
+    """0 and 1, whatever their success; a run that begins with such a batch goes on as if its moments had been there before."""
+    start = [x.expand(2) for x in (torch.tensor(0.0, dtype=F64), torch.tensor(1.0, dtype=F64))]
+    for p, weight in (([[0.25, 0.75]], [1.0]), ([[0.25, 0.75]] * 2, [0.5, 0.5]), ([[0.25, 0.75]], [0.0])):
+        found = moments_of(torch.tensor(p, dtype=F64), torch.tensor(weight, dtype=F64))
+        assert all(torch.equal(a, b) for a, b in zip(found, start, strict=True))
+    part = BetaNormalised(decay=0.9)
+    begin = part.initial()
+    after = part.observe("scored", batch=two([1, 0], [0, 0]), memory=begin)
+    assert [float(begin["mean"]), float(begin["var"]), int(begin["batches"])] == [0.0, 1.0, 0]
+    assert [after["mean"].tolist(), after["var"].tolist(), int(after["batches"])] == [[0.0], [1.0], 1]
+
+
+def test_variance_that_counts_as_none() -> None:
+    """Up to 1e-12 there is none, and no density is fitted."""
+    half = torch.tensor([0.5] * 3, dtype=F64)
+    a, b = fitted(half, torch.tensor([0.0, 1e-12, 1.5e-12], dtype=F64))
+    assert a.tolist() == b.tolist() == pytest.approx([0.0, 0.0, 0.5 * (0.25 / 1.5e-12 - 1)])
+
+
+def test_when_moments_move() -> None:
+    """Once the batch is scored, and at no other moment."""
+    part = BetaNormalised(decay=0.5)
+    assert part.moments == {"scored"}
+    assert set(part.observe("scored", batch=answers(1), memory=part.initial())) == set(part.initial())
+    for moment in ("answered", "stepped"):
+        assert part.observe(moment, batch=answers(1), memory=part.initial()) == {}  # type: ignore[arg-type]
 
 
 def test_settings_without_sense() -> None:

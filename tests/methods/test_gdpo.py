@@ -139,6 +139,8 @@ def test_weights_set_relative_importance() -> None:
 def test_a_constant_reward_counts_nothing_and_others_do() -> None:
     both = of_rows(torch.tensor([[0.3, 1], [0.3, 0], [0.3, 1], [0.3, 0]]), [0, 0, 1, 1])
     assert first(Decoupled(over="none", eps=0.0), both).tolist() == pytest.approx([HALF, -HALF, HALF, -HALF])
+    whole = first(Decoupled(dead="zero", eps=0.0), both)  # +-HALF over its deviation, sqrt(2/3): no group is dead
+    assert whole.tolist() == pytest.approx([math.sqrt(0.75) * x for x in (1, -1, 1, -1)])
 
 
 @pytest.mark.parametrize("dead", ["centre", "zero"])
@@ -147,18 +149,26 @@ def test_groups_without_differences(dead: str) -> None:
     rewards = torch.tensor([[1.0, 1.0], [1.0, 1.0], [1.0, 1.0], [0.0, 0.0], [0.0, 0.0]])
     part = Decoupled(dead=dead)  # type: ignore[arg-type]
     assert first(part, of_rows(rewards, [0, 0, 1, 1, 1]))[:2].tolist() == pytest.approx([0.0, 0.0], abs=1e-12)
-    found = part.but(over="decisions")(of_rows(rewards, [0, 0, 1, 1, 1], [1, 1, 4, 1, 1]))
+    two_groups = of_rows(rewards, [0, 0, 1, 1, 1], [1, 1, 4, 1, 1])
+    found = part.but(over="decisions")(two_groups)
     assert (float(found[0, 0]) < -0.1) if dead == "centre" else (float(found[0, 0]) == 0.0)
     assert float(found[2, 0]) > 0
+    assert torch.equal(part.but(over="decisions", dead="centre")(two_groups), Decoupled(over="decisions")(two_groups))
+    for over in ("rows", "decisions"):
+        padded = part.but(over=over)(two_groups)
+        assert padded.shape == (5, 4)
+        assert padded[~two_groups.mask].tolist() == [0.0] * 12
 
 
-def test_nothing_differs_at_all() -> None:
+@pytest.mark.parametrize("eps", [0.0, 1e-4])
+def test_nothing_differs_at_all(eps: float) -> None:
+    part = Decoupled(eps=eps)
     for rewards in (torch.full((4, 2), 0.3), torch.zeros(4, 3)):
-        assert float(Decoupled()(of_rows(rewards, [0, 0, 1, 1])).abs().sum()) == 0.0
+        assert float(part(of_rows(rewards, [0, 0, 1, 1])).abs().sum()) == 0.0
     lonely = of_rows(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), [0, 1])
-    assert float(Decoupled()(lonely).abs().sum()) == 0.0
+    assert float(part(lonely).abs().sum()) == 0.0
     opposed = of_rows(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), [0, 0])  # sums 0 and 0: the batch has no deviation
-    assert float(Decoupled()(opposed).abs().sum()) == 0.0
+    assert float(part(opposed).abs().sum()) == 0.0
 
 
 def test_rows_without_decisions_do_not_count() -> None:

@@ -31,7 +31,7 @@ def moments_of(p: Float[Tensor, "B K"], per_prompt: Float[Tensor, " B"]) -> tupl
     """
     w = per_prompt[:, None]
     n = w.sum()
-    mean = (w * p).sum(0) / n.clamp(min=1)
+    mean = (w * p).sum(0) / n
     var = (w * (p - mean).square()).sum(0) / (n - 1).clamp(min=1)
     several = n > 1.5
     return torch.where(several, mean, torch.zeros_like(mean)), torch.where(several, var, torch.ones_like(var))
@@ -40,7 +40,7 @@ def moments_of(p: Float[Tensor, "B K"], per_prompt: Float[Tensor, " B"]) -> tupl
 def fitted(mean: Float[Tensor, " K"], var: Float[Tensor, " K"]) -> tuple[Float[Tensor, " K"], Float[Tensor, " K"]]:
     """Beta parameters (a, b) with this mean and variance: k m and k (1 - m), k = m (1 - m)/V - 1. Without variance: (0, 0)."""
     spread = var > 1e-12
-    k = torch.where(spread, mean * (1 - mean) / torch.where(spread, var, torch.ones_like(var)) - 1, torch.zeros_like(mean))
+    k = torch.where(spread, mean * (1 - mean) / var - 1, torch.zeros_like(mean))
     return k * mean, k * (1 - mean)
 
 
@@ -103,7 +103,7 @@ class BetaNormalised(Grouped):
             alpha, beta = normaliser(*self._blended(batch, p, memory))
         gain = (r - p) * (1 / density(p, alpha, beta)).clamp(max=LARGEST)
         # a rounded mean of equal numbers may differ from them, which 1/f would blow up
-        alike = (pooled(batch, r, "max") <= pooled(batch, r, "min")) & ~(alone & (self.form == "code"))
+        alike = (pooled(batch, r, "max") <= pooled(batch, r, "min")) & ~alone
         gain = torch.where(alike, torch.zeros_like(gain), gain).mean(1)
         return torch.where(batch.mask, gain[:, None], torch.zeros_like(gain[:, None]))
 
@@ -130,7 +130,7 @@ class BetaNormalised(Grouped):
 
     def _rates(self, batch: Batch, r: Float[Tensor, "B K"]) -> tuple[Float[Tensor, "B K"], Tensor]:
         """Success rate of each row's prompt, and where a row is alone with it."""
-        alone = pooled(batch, r, "count") < 1.5
+        alone = pooled(batch, r, "count") <= 1
         p = pooled(batch, r, "mean")
         return (torch.where(alone, torch.zeros_like(p), p) if self.form == "code" else p), alone
 
@@ -138,7 +138,7 @@ class BetaNormalised(Grouped):
         self, batch: Batch, p: Float[Tensor, "B K"], memory: Mapping[str, Tensor]
     ) -> tuple[Float[Tensor, " K"], Float[Tensor, " K"]]:
         some = batch.mask.any(1)
-        size = pooled(batch, p[:, :1], "count")[:, 0].clamp(min=1)
+        size = batch.pool(p[:, 0], "group", "count").clamp(min=1)
         new = moments_of(p, some.to(p) / size)
         if not self.decay:
             return new

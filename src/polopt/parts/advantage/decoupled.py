@@ -41,7 +41,7 @@ class Decoupled(Grouped):
         r = not_half(outcomes(batch))
         if len(self.weights) not in (0, r.shape[1]):
             raise CallError(f"advantage.weights has {len(self.weights)} entries, but there are {r.shape[1]} rewards")
-        weights = r.new_tensor(self.weights or (1.0,) * r.shape[1])
+        weights = r.new_tensor(self.weights or (1.0,))
         alike = pooled(batch, r, "max") <= pooled(batch, r, "min")
         each = (r - pooled(batch, r, "mean")) / (pooled(batch, r, "std", ddof=1) + self.eps)
         s = (weights * torch.where(alike, torch.zeros_like(each), each)).sum(1)
