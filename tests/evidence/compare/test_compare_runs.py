@@ -394,3 +394,25 @@ def test_a_metric_that_one_contestant_has_is_no_reason_to_stop(go: Go) -> None:
     found = go(["ppo", "reinforce"], metric="explained_variance", jobs=1).comparison
     assert {(r.contestant, r.status) for r in found.runs} == {("ppo", "done"), ("reinforce", "failed")}
     assert found.of("reinforce")[0].error.startswith("no 'explained_variance' in metrics.jsonl")
+
+
+def test_a_config_is_read_once_and_again_when_it_changes(go: Go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from polopt.evidence.compare import folders
+
+    go(["reinforce"], seeds=3)
+    read: list[str] = []
+    real = folders.load_config
+
+    def counted(path: Path) -> Any:
+        read.append(str(path))
+        return real(path)
+
+    monkeypatch.setattr(folders, "load_config", counted)
+    folders._parsed.cache_clear()
+    go(["reinforce"], seeds=3)
+    own = [p for p in read if p.startswith(str(tmp_path))]
+    assert len(own) == len(set(own)) == 3
+    config = tmp_path / "out/runs/reinforce/s1/config.yaml"
+    config.write_text(config.read_text().replace("budget: 2-updates", "budget: 9-updates"))
+    with pytest.raises(CallError, match="budget = 9-updates, this comparison has 2-updates"):
+        go(["reinforce"], seeds=3)

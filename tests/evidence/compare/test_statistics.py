@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -328,3 +330,27 @@ def test_seeds_needed_from_the_tables() -> None:
     found = seeds_needed(np.array([0.5, 0.2, 1e-5, 1e9]), np.full(4, 0.95))
     assert found.tolist() == [34, 199, 10_001, 2]
     assert power(np.array([0.5]), np.array([34.0]), np.array([0.95]))[0] == pytest.approx(0.8078, abs=1e-3)
+
+
+# -------------------------------------------------------------------- SciPy's distributions without scipy.stats
+def test_numbers_are_those_of_scipy_stats() -> None:
+    rng = np.random.default_rng(3)
+    for n in (1, 2, 3, 4, 5, 8, 13):
+        x = rng.standard_normal((50, n))
+        assert (iqm(x) == scipy.stats.trim_mean(x, 0.25, axis=-1)).all()
+        exact = scipy.stats.binomtest(n // 2, n).proportion_ci(0.95, "exact")
+        half = improvement(np.arange(n) < n // 2, np.full(n, 0.5))
+        assert (half.low, half.high) == pytest.approx((exact.low, exact.high), abs=1e-12)
+    for n, effect, level in ((2.0, 3.0, 0.95), (5.0, 1.2, 0.99), (30.0, 0.5, 0.995), (10_000.0, 0.03, 0.95)):
+        at = scipy.stats.t.isf((1 - level) / 2, n - 1)
+        expected = scipy.stats.nct.sf(at, n - 1, effect * np.sqrt(n))
+        assert power(np.array([effect]), np.array([n]), np.array([level])) == pytest.approx([expected], abs=1e-12)
+
+
+def test_a_comparison_loads_no_more_of_scipy_than_it_needs() -> None:
+    words = "import sys; import polopt.evidence.compare.analysis as a, polopt.evidence.compare.page; "
+    words += "from polopt.evidence.compare.statistics import estimate, difference, power; import numpy as np; "
+    words += "estimate(np.arange(9.0)), difference(np.arange(5.0), np.arange(5.0) ** 2); "
+    words += "print([m for m in ('scipy.stats', 'scipy.integrate', 'scipy.optimize') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

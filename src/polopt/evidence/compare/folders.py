@@ -8,6 +8,7 @@ import json
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -74,7 +75,7 @@ def _other(folder: Path, path: str, old: Any, new: Any) -> CallError:
 
 def _read(folder: Path) -> tuple[tuple[str | None, str | None, str | None], dict[str, Any]]:
     """Header and values of a folder's config.yaml; references to files beside it become relative."""
-    config: Config = load_config(folder / "config.yaml")
+    config = _config(folder)
     here = f"{folder.resolve()}/"
 
     def relative(value: Any) -> Any:
@@ -86,6 +87,21 @@ def _read(folder: Path) -> tuple[tuple[str | None, str | None, str | None], dict
 
     head = (relative(config.method), relative(config.task), config.name)
     return head, {k: relative(v) for k, v in config.values.items()}
+
+
+def _config(folder: Path) -> Config:
+    """A folder's config.yaml, read once as long as it stays the same file: it takes longer than all else there is to look at."""
+    path = folder / "config.yaml"
+    try:
+        stamp = path.stat()
+    except OSError:
+        return load_config(path)  # says what is wrong
+    return _parsed(path, (stamp.st_ino, stamp.st_size, stamp.st_mtime_ns))
+
+
+@lru_cache(maxsize=1024)
+def _parsed(path: Path, stamp: tuple[int, ...]) -> Config:
+    return load_config(path)
 
 
 def _files(folder: Path) -> dict[str, str]:
@@ -164,7 +180,7 @@ def inspect_run(folder: Path) -> State:
             raise Damaged("config.yaml is missing")
         return "absent"
     try:
-        load_config(folder / "config.yaml")
+        _config(folder)
     except CallError as error:
         raise Damaged(f"config.yaml cannot be read: {error}") from error
     done = summary is not None and summary.get("status") == "done"

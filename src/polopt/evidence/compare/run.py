@@ -309,7 +309,7 @@ def _plain(value: Any) -> Any:
 
 def _weighing() -> None:
     """Import what is needed after the last run."""
-    for name in ("scipy.stats", "polopt.evidence.compare.analysis", "polopt.evidence.compare.page", "matplotlib.figure"):
+    for name in ("polopt.evidence.compare.analysis", "polopt.evidence.compare.page", "matplotlib.figure"):
         import_module(name)
 
 

@@ -30,8 +30,8 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
-import scipy  # its parts load when they are first used
 from jaxtyping import Bool, Float, Int
+from scipy import special  # what scipy.stats is made of: loading that would take longer than everything that is computed here
 
 LEVEL = 0.95
 DRAWS = 2000
@@ -66,7 +66,10 @@ def iqm(scores: Float[np.ndarray, "*batch N"]) -> Float[np.ndarray, "*batch"]:
 
     With fewer than four seeds nothing is cut off and this is the mean.
     """
-    return np.asarray(scipy.stats.trim_mean(scores, TRIM, axis=-1))
+    count = scores.shape[-1]
+    cut = int(TRIM * count)
+    last = count - cut - 1
+    return np.asarray(np.partition(scores, (cut, last), axis=-1)[..., cut : last + 1].mean(-1))
 
 
 @lru_cache(maxsize=64)
@@ -121,7 +124,7 @@ def interval(
     trimmed = strata == 1 and int(TRIM * seeds) > 0
     quantile = _student(freedom, level) * (1.0 if trimmed else math.sqrt(seeds / (seeds - 1)))
     if freedom >= ENOUGH:
-        return _quantile_pair(drawn, float(scipy.stats.norm.sf(quantile)))
+        return _quantile_pair(drawn, float(special.ndtr(-quantile)))
     half = quantile * drawn.std(0, ddof=1)
     centre = iqm(ordered.reshape(strata * seeds, width).T)
     return centre - half, centre + half
@@ -179,7 +182,7 @@ def difference(a: Seeds, b: Seeds, level: float = LEVEL) -> Estimate:
             return Estimate(value, None, None, n=2, level=level)
         return Estimate(value, value, value, 0.0 if value else 1.0, n, level, constant=True)
     error = float(gaps.std(ddof=1)) / math.sqrt(n)
-    p = 2 * float(scipy.special.stdtr(n - 1, -abs(value) / error))
+    p = 2 * float(special.stdtr(n - 1, -abs(value) / error))
     half = error * _student(n - 1, level)
     return Estimate(value, value - half, value + half, p, n, level)
 
@@ -195,14 +198,15 @@ def at_level(known: Estimate, level: float) -> Estimate:
 @lru_cache(maxsize=4096)
 def _student(freedom: int, level: float) -> float:
     """Half width of Student's two-sided interval in standard errors."""
-    return float(scipy.stats.t.isf((1 - level) / 2, freedom))
+    return float(-special.stdtrit(freedom, (1 - level) / 2))
 
 
 @lru_cache(maxsize=4096)
 def _binomial(k: int, n: int, level: float) -> tuple[float, float]:
     """Exact interval of a probability after k of n."""
-    bounds = scipy.stats.binomtest(k, n).proportion_ci(level, "exact")
-    return float(bounds.low), float(bounds.high)
+    tail = (1 - level) / 2
+    low = special.betaincinv(k, n - k + 1, tail) if k else 0.0
+    return float(low), float(special.betaincinv(k + 1, n - k, 1 - tail) if k < n else 1.0)
 
 
 def improvement(a: Seeds, b: Seeds, *, higher_is_better: bool = True, level: float = LEVEL) -> Estimate:
@@ -231,7 +235,7 @@ def area(spent: Seeds, score: Seeds, start: float, stop: float) -> float:
     if stop <= start:
         return float(np.interp(stop, spent, score))
     points = np.concatenate([[start], spent[(spent > start) & (spent < stop)], [stop]])
-    return float(scipy.integrate.trapezoid(np.interp(points, spent, score), points) / (stop - start))
+    return float(np.trapezoid(np.interp(points, spent, score), points) / (stop - start))
 
 
 def reached(x: Seeds, score: Seeds, target: float, *, higher_is_better: bool = True) -> float:
@@ -267,10 +271,10 @@ def holm(p: Float[np.ndarray, " K"], level: float = LEVEL) -> tuple[Float[np.nda
 
 def power(effect: Float[np.ndarray, " K"], n: Float[np.ndarray, " K"], level: Float[np.ndarray, " K"]) -> Float[np.ndarray, " K"]:
     """Power of the two-sided paired t-test with n pairs at an effect of mean over standard deviation (noncentral t)."""
-    t = scipy.stats.t.isf((1 - level) / 2, n - 1)
+    t = -special.stdtrit(n - 1, (1 - level) / 2)
     # the other tail counts for nothing where the effect is large, and is computed worst there
     shift = np.minimum(np.abs(effect) * np.sqrt(n), t + 30)
-    return np.asarray(scipy.stats.nct.sf(t, n - 1, shift))
+    return np.asarray(1 - special.nctdtr(n - 1, shift, t))
 
 
 def seeds_needed(
