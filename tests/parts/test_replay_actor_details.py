@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -188,6 +188,18 @@ def test_nearest_of_rows_is_searched_among_what_networks_see() -> None:
         apart = np.square(mu - goal).mean(-1)
         np.testing.assert_allclose(loss.detach(), (apart - lam * value).reshape(B, T), rtol=1e-9)
         assert tells(told) == pytest.approx({"clone_distance": apart.mean(), "q_weight": lam})
+
+
+def test_tensors_that_numpy_does_not_take_as_they_are_are_searched_too() -> None:
+    """A gradient stands in for a GPU: both keep a tensor from being read by NumPy without a copy."""
+    batch, g = rows(), torch.Generator().manual_seed(2)
+    held = {"obs": torch.randn(30, 3, generator=g, dtype=F64), "action": torch.rand(30, A, generator=g, dtype=F64) * 2 - 1}
+    part = NearestInData()
+    assert part.host
+    plain, _ = part(batch, nets(), part.build(held, lambda obs: obs))
+    held = {k: v.clone().requires_grad_() for k, v in held.items()}
+    batch = replace(batch, obs=batch.obs.clone().requires_grad_())
+    torch.testing.assert_close(part(batch, nets(), part.build(held, lambda obs: obs))[0], plain, rtol=0, atol=0)
 
 
 def test_as_many_neighbours_as_there_are_data_and_no_more() -> None:

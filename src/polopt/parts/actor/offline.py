@@ -89,7 +89,7 @@ class NearestInData(BehaviourCloned):
         tree, actions = built
         obs = seen(batch)
         action = nets.mode(obs)
-        query = np.concatenate([self.beta * nets.standardised(obs).numpy(force=True), action.detach().numpy(force=True)], 1)
+        query = np.concatenate([self.beta * nets.standardised(obs).numpy(force=True), action.numpy(force=True)], 1)
         if not np.isfinite(query).all():
             raise PoloptError("the policy's actions are not finite: no nearest action of the dataset can be found")
         found = tree.query(query, k=[*range(1, self.neighbours + 1)])[1]
@@ -122,7 +122,7 @@ class AdvantageWeighted(Part):
         """The loss of each decision; tells the mean weight."""
         obs, action = seen(batch), taken(batch)
         with torch.no_grad():
-            value = nets.values("value", obs).squeeze(-1).squeeze(0)
+            value = valued(nets, "value", obs, pool="first")
             gain = valued(nets, "critic", obs, action, slow=True, pool=self.pool) - value
             weight = (self.beta * gain).exp().clamp(max=self.most)
         return -(weight * nets.score(obs, action)).view(batch.shape), {"weight": weight.mean()}
