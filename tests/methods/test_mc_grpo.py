@@ -113,6 +113,35 @@ def test_equal_rewards_teach_nothing() -> None:
             assert advantage(MedianBaseline(scale=scale), [value] * 5, [value], [value] * 2).tolist() == [0.0] * 8
 
 
+def test_equal_rewards_whose_mean_is_rounded_teach_nothing() -> None:
+    """0.1 + 0.1 + 0.1 is not three times 0.1 in double precision; also beside groups with larger and smaller rewards."""
+    part = MedianBaseline("mean", "none", compensate=False)
+    assert advantage(part, [1.0, 0.0], [0.1] * 3).tolist() == [0.5, -0.5, 0.0, 0.0, 0.0]
+
+
+def test_groups_have_their_own_centre_spread_and_number() -> None:
+    """Three of the first group's four rows have an advantage, one of the second's three."""
+    groups = [4.0, 0.0, 1.0, 2.0], [10.0, 30.0, 10.0]
+    plain = advantage(MedianBaseline(scale="none"), *groups)
+    assert plain.tolist() == pytest.approx([4.0, -4 / 3, 0.0, 4 / 3, 0.0, 60.0, 0.0])
+    found = advantage(MedianBaseline("mean", "std", compensate=False), *groups)
+    expected = np.concatenate([(np.array(g) - np.mean(g)) / (np.std(g, ddof=1) + 1e-4) for g in groups])
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize(("small", "factor"), [(1e-6, 5 / 2), (1.5e-6, 5 / 3)])
+def test_advantages_that_count_as_none(small: float, factor: float) -> None:
+    """Up to 1e-6 a row counts as one without an advantage."""
+    found = advantage(MedianBaseline(scale="none"), [-2.0, 0.0, 0.0, small, 3.0])
+    assert found.tolist() == pytest.approx([factor * x for x in (-2.0, 0.0, 0.0, small, 3.0)])
+
+
+def test_ties_are_broken_by_place() -> None:
+    """Of equal rewards the row in the middle of the list, also among many, where sorting may move equals about."""
+    batch = answers([1.0] * 301, [0.0] * 200 + [1.0] * 301)
+    assert is_middle(batch).nonzero()[:, 0].tolist() == [150, 301 + 250]
+
+
 def test_even_groups_take_the_lower_of_the_two_in_the_middle() -> None:
     assert advantage(MedianBaseline(scale="none", compensate=False), [4.0, 0.0, 1.0, 2.0]).tolist() == [3.0, -1.0, 0.0, 1.0]
 
@@ -124,6 +153,8 @@ def test_rows_without_a_decision_do_not_count() -> None:
     assert is_middle(batch).tolist() == [False, False, True, False, False]
     found = MedianBaseline(scale="none")(batch)[:, 0]
     assert found.tolist() == [-1.5, 0.0, 0.0, 3.0, 0.0]
+    assert batch.group is not None
+    assert torch.equal(batch.group[middle(batch, batch.outcome())], batch.group)  # also of the group without a decision
 
 
 def test_loss_is_that_of_the_rows_that_stay() -> None:

@@ -30,7 +30,7 @@ def middle(batch: Batch, x: Float[Tensor, " B"]) -> Int[Tensor, " B"]:
     order = ranked.argsort(stable=True)
     order = order[batch.group[order].argsort(stable=True)]  # by group, within it by x, within that as they stand
     rows = torch.bincount(batch.group, minlength=batch.units["group"])
-    members = batch.pool(torch.ones_like(ranked), "group", "count")
+    members = batch.pool(ranked, "group", "count")
     place = (rows.cumsum(0) - rows)[batch.group] + ((members.long() - 1) // 2).clamp(min=0)
     return order[place]
 
