@@ -79,7 +79,6 @@ def _say(found: Compared) -> int:
     """Print the verdict, the table, what failed and where the page is; the exit status."""
     from rich.console import Console
 
-    from polopt.evidence.compare.entries import plain
     from polopt.evidence.compare.verdict import table, verdict
 
     comparison, console = found.comparison, Console()
@@ -89,10 +88,7 @@ def _say(found: Compared) -> int:
         print(f"polopt: interrupted, saved in {found.folder}; continue with: {comparison.command}", file=sys.stderr)
         return 128 + found.signal
     console.print(table(found.analysis))
-    tuned = [
-        f"{c.name} tuned: {', '.join(f'{k} = {plain(v)}' for k, v in c.tuned.items())}" for c in comparison.contestants if c.tuned
-    ]
-    for line in [*verdict(found.analysis), *tuned]:
+    for line in [*verdict(found.analysis), *(c.tuning for c in comparison.contestants if c.tuning)]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     failed = [r for r in comparison.runs if r.status != "done"]
     for run in failed[:10]:

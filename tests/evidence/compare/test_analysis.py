@@ -173,6 +173,8 @@ def test_evaluations_without_a_number_are_left_out_of_a_curve() -> None:
     assert found.of("a").done == 5
     assert found.of("a").auc == analyse(compare({"a": A, "b": B})).of("a").auc
     assert any("1 evaluation of a seed 0 gave no number" in w for w in found.warnings)
+    many = analyse(compare({"a": A, "b": B}, [run("a", s, 0.8, score=score) for s in range(5)])).warnings
+    assert [w for w in many if "no number" in w] == ["5 evaluations of a seeds 0, 1, 2, 3, 4 gave no number, left out."]
 
 
 def test_unfinished_and_missing_runs_are_left_out() -> None:

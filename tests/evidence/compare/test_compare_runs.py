@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import polopt
-from polopt.errors import CallError, PoloptError
+from polopt.errors import CallError
 from polopt.evidence.compare.read import read_comparison
 from polopt.evidence.compare.run import Compared
 
@@ -309,10 +309,14 @@ def test_external_programs(go: Go, tmp_path: Path, capsys: pytest.CaptureFixture
         go([], external={"good": external["good"] + " more"}, seeds=2, budget="64-decisions")
 
 
-def test_tuning_is_equal_and_is_not_done_twice(go: Go, tmp_path: Path) -> None:
+def test_tuning_is_equal_and_is_not_done_twice(go: Go, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = f"{sys.executable} -c pass {{out}}"
     call: dict[str, Any] = {"tune": 3, "tune_seeds": 1, "seeds": 1, "external": {"prog": command}}
-    found = go(["ppo", "trpo"], **call).comparison
+    found = go(["ppo", "trpo"], **call, quiet=False).comparison
+    told = capsys.readouterr().out
+    for name in ("ppo", "trpo"):
+        assert sorted(re.findall(rf"  {name} trial (t\d) seed 1000  done", told)) == ["t0", "t1", "t2"]
+    assert len(re.findall(r"  ppo seed 0  done", told)) == 1
     trials = {n: json.loads((tmp_path / f"out/tune/{n}/trials.json").read_text()) for n in ("ppo", "trpo")}
     assert [len(t) for t in trials.values()] == [3, 3]
     assert trials["ppo"][0]["values"] == {}
@@ -348,71 +352,3 @@ def test_comparing_costs_little_beside_the_runs(go: Go, monkeypatch: pytest.Monk
     go(["ppo"], seeds=1)  # imports
     go(["ppo"], seeds=12, quiet=False)
     assert spent[1] / 11 < 0.03
-
-
-def test_the_processor_is_told_and_a_mixture_of_them(go: Go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from polopt.evidence.compare import run
-
-    monkeypatch.setattr(run, "_cpu", lambda: "Some Processor 9000")
-    found = go(["reinforce"], page=True)
-    assert {r.versions["cpu"] for r in found.comparison.runs} == {"Some Processor 9000"}
-    assert found.comparison.runs[0].versions["torch"]  # and what the run itself noted
-    assert json.loads((tmp_path / "out/comparison.json").read_text())["runs"][0]["versions"]["cpu"] == "Some Processor 9000"
-    assert "Some Processor 9000" in (tmp_path / "out/index.html").read_text()
-    assert "Runs differ" not in found.words
-    monkeypatch.setattr(run, "_cpu", lambda: "Elsewhere 1")
-    words = go(["reinforce"], seeds=3).words
-    assert "Runs differ in cpu: Some Processor 9000 (reinforce seed 0, reinforce seed 1); Elsewhere 1 (reinforce seed 2)." in words
-
-
-@pytest.mark.parametrize("jobs", [1, 2])
-def test_a_metric_that_does_not_exist_ends_it_after_the_first_run(
-    go: Go, tmp_path: Path, jobs: int, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(PoloptError) as error:
-        go(["a2c", "ppo"], metric="eval_scor", seeds=4, jobs=jobs, quiet=False)
-    told = str(error.value)
-    assert error.value.exit_code == 1
-    assert "there is no metric 'eval_scor' in the run of " in told
-    assert "did you mean 'eval_score'? It has " in told
-    assert told.count("explained_variance") == 1
-    assert "explained_variance" not in capsys.readouterr().out  # keys are listed once
-    begun = sorted(str(p.relative_to(tmp_path / "out/runs")) for p in (tmp_path / "out/runs").glob("*/s*"))
-    assert begun == ["a2c/s0", "ppo/s0"][:jobs]
-    assert f"{8 - len(begun)} of 8 runs were not begun" in told
-    # what ran is kept: asked again nothing runs, and with a metric that exists it is used
-    before = identity(tmp_path / "out/runs")
-    with pytest.raises(PoloptError, match="there is no metric 'foo'"):
-        go(["a2c", "ppo"], metric="foo", seeds=4, jobs=jobs)
-    assert identity(tmp_path / "out/runs") == before
-    assert {r.status for r in go(["a2c", "ppo"], seeds=1).comparison.runs} == {"done"}
-    after = identity(tmp_path / "out/runs")
-    assert {k: after[k] for k in before} == before
-
-
-def test_a_metric_that_one_contestant_has_is_no_reason_to_stop(go: Go) -> None:
-    found = go(["ppo", "reinforce"], metric="explained_variance", jobs=1).comparison
-    assert {(r.contestant, r.status) for r in found.runs} == {("ppo", "done"), ("reinforce", "failed")}
-    assert found.of("reinforce")[0].error.startswith("no 'explained_variance' in metrics.jsonl")
-
-
-def test_a_config_is_read_once_and_again_when_it_changes(go: Go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from polopt.evidence.compare import folders
-
-    go(["reinforce"], seeds=3)
-    read: list[str] = []
-    real = folders.load_config
-
-    def counted(path: Path) -> Any:
-        read.append(str(path))
-        return real(path)
-
-    monkeypatch.setattr(folders, "load_config", counted)
-    folders._parsed.cache_clear()
-    go(["reinforce"], seeds=3)
-    own = [p for p in read if p.startswith(str(tmp_path))]
-    assert len(own) == len(set(own)) == 3
-    config = tmp_path / "out/runs/reinforce/s1/config.yaml"
-    config.write_text(config.read_text().replace("budget: 2-updates", "budget: 9-updates"))
-    with pytest.raises(CallError, match="budget = 9-updates, this comparison has 2-updates"):
-        go(["reinforce"], seeds=3)

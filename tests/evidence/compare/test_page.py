@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import struct
@@ -12,13 +13,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from synthetic_comparisons import NAMES, NASTY, VERSIONS, comparison
 
 from polopt.evidence.compare.analysis import analyse
 from polopt.evidence.compare.findings import to_json
 from polopt.evidence.compare.numbers import numbers
 from polopt.evidence.compare.page import make_page
-from polopt.evidence.compare.plots import DASHES, MARKERS, PRINT, Curve, frame, look, swatch, thin
+from polopt.evidence.compare.plots import DASHES, MARKERS, PRINT, Curve, _plot, frame, look, swatch, thin
 from polopt.evidence.compare.results import Comparison, Contestant, RunResult
 from polopt.evidence.compare.tables import decimals, fixed
 from polopt.evidence.compare.verdict import verdict
@@ -240,6 +242,36 @@ def test_twelve_contestants_look_different() -> None:
     assert len(DASHES) == 4
     for i in range(12):
         ET.fromstring(swatch(i))
+
+
+def test_seventy_contestants_look_different() -> None:
+    looks = [look(i) for i in range(72)]
+    assert len({(c, m) for c, _, m in looks}) == 72  # strips show no dashes
+    assert len({(c, str(d)) for c, d, _ in looks[:24]}) == 24
+
+
+@pytest.mark.parametrize("points", [64, 51])
+def test_markers_lie_at_a_contestants_own_evaluations(points: int) -> None:
+    """Also where curves are sampled at points that no run has: the line goes through the evaluation all the same."""
+    own = np.array([0.0, 30.0, 60.0, 90.0])
+    x = np.union1d(own, np.linspace(0, 90, 40)) if points == 64 else np.linspace(0, 90, points)
+    axes = Figure().add_subplot()
+    _plot(axes, [Curve("a", 0, x, 2 * x, x, 3 * x, own), Curve("b", 1, x, x, x, x)], PRINT, "k", "k", named=False)
+    line, other = axes.get_lines()
+    where = line.get_markevery()
+    assert line.get_xdata()[where].tolist() == own.tolist()
+    assert line.get_ydata()[where] == pytest.approx(2 * own)
+    assert set(x) <= set(line.get_xdata())
+    assert 9 <= len(other.get_markevery()) <= 11
+
+
+def test_the_page_marks_each_contestants_own_evaluations(tmp_path: Path) -> None:
+    fine, coarse = comparison(1, 2, points=21), comparison(2, 2, points=6)
+    mixed = dataclasses.replace(coarse, runs=tuple(r for r in fine.runs) + tuple(r for r in coarse.runs if r.contestant == "dapo"))
+    found = numbers(mixed, analyse(mixed), tmp_path)
+    marks = {c["name"]: len(c["curves"]["budget"]["marks"]) for c in found["contestants"]}
+    assert marks == {"grpo": 21, "dapo": 6}
+    assert {len(c["curves"]["budget"]["x"]) for c in found["contestants"]} == {21}
 
 
 def test_thinned_curves_keep_their_ends() -> None:

@@ -107,10 +107,11 @@ def _evaluations(comparison: Comparison, done: list[RunResult], start: float) ->
     if len({n for each in counts.values() for n in each}) > 1:
         words = (f"{name} {each[0]}" + (f" to {each[-1]}" if len(each) > 1 else "") for name, each in counts.items() if each)
         yield f"Numbers of evaluations differ: {listed(words)}."
-    for run in done:
-        bad = int((~np.isfinite(run.score)).sum())
+    for contestant in comparison.contestants:
+        bad = {r.seed: n for r in done if r.contestant == contestant.name and (n := int((~np.isfinite(r.score)).sum()))}
         if bad:
-            yield f"{bad} evaluation{'s' * (bad > 1)} of {run.contestant} seed {run.seed} gave no number, left out."
+            number, where = sum(bad.values()), f"{contestant.name} seed{'s' * (len(bad) > 1)} {listed(bad)}"
+            yield f"{number} evaluation{'s' * (number > 1)} of {where} gave no number, left out."
     if start > SLACK * comparison.budget:
         late = listed(dict.fromkeys(r.contestant for r in done if np.nanmin(r.spent) >= start))
         yield f"Areas and curves begin at {start:,.0f} {comparison.unit}: {late} has no earlier evaluation."

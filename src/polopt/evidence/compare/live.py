@@ -141,7 +141,11 @@ class Table:
 
     def _line(self, job: Job, tail: Tail) -> str:
         ended = sum(j.state in ("done", "failed") for j in self.jobs)
-        parts = [f"{ended}/{len(self.jobs)}", f"{job.contestant} seed {job.seed}", job.state]
+        parts = [
+            f"{ended}/{len(self.jobs)}",
+            f"{job.contestant}{f' trial {job.trial}' if job.trial else ''} seed {job.seed}",
+            job.state,
+        ]
         if job.state == "done" and not math.isnan(tail.score):
             parts.append(f"{self.metric} {number(tail.score)}")
         if job.error:

@@ -33,7 +33,9 @@ def record(comparison: Comparison, analysis: Analysis, out: Path) -> Tree:
         "jobs": comparison.jobs,
         "settings": comparison.settings,
         "contestants": [
-            {"name": c.name, "command": c.command, "settings": c.settings, "tuned": c.tuned} for c in comparison.contestants
+            {"name": c.name, "command": c.command, "settings": c.settings, "tuned": c.tuned, "trials": c.trials}
+            for c in comparison.contestants
+            for c in comparison.contestants
         ],
         "analysis": to_json(analysis),
         "runs": [run if r is None else run | _details(r) for run, r in _runs(comparison, out)],
@@ -102,7 +104,7 @@ def _contestant(comparison: Comparison, analysis: Analysis, standing: Standing, 
     failed = {r["seed"] for r in runs if r["contestant"] == standing.name and r["status"] == "failed"}
     final, auc = standing.final, standing.auc
     target = standing.target
-    curves = {"budget": _budget_curve(standing), "seconds": _seconds_curve(comparison, analysis, standing)}
+    curves = {"budget": _budget_curve(comparison, standing), "seconds": _seconds_curve(comparison, analysis, standing)}
     return {
         "name": standing.name,
         "place": place,
@@ -111,6 +113,7 @@ def _contestant(comparison: Comparison, analysis: Analysis, standing: Standing, 
         "command": given.command,
         "settings": given.settings,
         "tuned": given.tuned,
+        "trials": given.trials,
         "done": standing.done,
         "failed": standing.failed,
         "unfinished": standing.unfinished,
@@ -132,12 +135,15 @@ def _contestant(comparison: Comparison, analysis: Analysis, standing: Standing, 
 
 
 # -------------------------------------------------------------------------------------------------------------- curves
-def _budget_curve(standing: Standing) -> Tree | None:
+def _budget_curve(comparison: Comparison, standing: Standing) -> Tree | None:
+    """marks: where the contestant's runs were evaluated themselves; the curve has the points of all contestants."""
     c = standing.curve
     if c is None:
         return None
     missing = (math.nan,) * len(c.spent)
-    return {"x": c.spent, "mid": c.iqm, "low": c.low or missing, "high": c.high or missing}
+    own = [r.spent[np.isfinite(r.spent)] for r in comparison.of(standing.name).values() if status(r) == "done"]
+    marks = np.unique(np.concatenate(own)) if own else np.empty(0)
+    return {"x": c.spent, "mid": c.iqm, "low": c.low or missing, "high": c.high or missing, "marks": marks}
 
 
 def _seconds_curve(comparison: Comparison, analysis: Analysis, standing: Standing) -> Tree | None:

@@ -54,7 +54,8 @@ def _curves(found: Tree, axis: str) -> list[Curve]:
             x, mid, low, high = (
                 np.array([np.nan if v is None else v for v in curve[k]], float) for k in ("x", "mid", "low", "high")
             )
-            out.append(thin(Curve(c["name"], c["place"], x, mid, low, high)))
+            marks = np.array(curve["marks"], float) if "marks" in curve else None
+            out.append(thin(Curve(c["name"], c["place"], x, mid, low, high, marks)))
     return out
 
 

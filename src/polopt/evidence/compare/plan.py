@@ -68,6 +68,7 @@ class Arm:
     layers: tuple[Layer, ...] = ()
     resolved: Resolved | None = None
     tuned: Mapping[str, Any] = field(default_factory=dict)
+    trials: int = 0  # settings that tuning tried
     note: str = ""
 
     @property

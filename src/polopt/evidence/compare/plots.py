@@ -7,7 +7,7 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 Column = Float64[np.ndarray, " n"]
 
-# Six colours that stay apart in the common kinds of colour blindness, four dashes and twelve markers: any twelve contestants in
-# a row differ in colour or dash, and all of them in their marker.
+# Six colours that stay apart in the common kinds of colour blindness, four dashes and twelve markers: the first twelve contestants
+# differ in colour or dash, and all of them in their marker; 24 differ in colour or dash, and 72 in colour or marker (see `look`).
 PRINT = ("#0060c0", "#d55e00", "#0a9f78", "#cc79a7", "#2b2f36", "#6e5500")
 DASHES: tuple[Any, ...] = ("solid", (0, (6, 2.5)), (0, (1.5, 1.8)), (0, (7, 2, 1.5, 2)))
 MARKERS = "os^DvPX*<>ph"
@@ -37,7 +37,10 @@ _VARIABLES = {c: f"var(--c{i})" for i, c in enumerate(_STAND, 1)} | {_INK: "var(
 
 @dataclass(frozen=True)
 class Curve:
-    """A contestant's curve. x, mid, low, high: [n], NaN where there is no number; place: its number, which gives its look."""
+    """A contestant's curve. x, mid, low, high: [n], NaN where there is no number; place: its number, which gives its look.
+
+    marks: where its own runs were evaluated, and so where its markers may be; None where that is not the same for its runs.
+    """
 
     name: str
     place: int
@@ -45,6 +48,7 @@ class Curve:
     mid: Column
     low: Column
     high: Column
+    marks: Column | None = None
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,8 @@ class Picture:
 
 def look(place: int) -> tuple[int, Any, str]:
     """Number of the colour (from 0), dash and marker of a contestant."""
-    return place % len(PRINT), DASHES[place % len(DASHES)], MARKERS[place % len(MARKERS)]
+    turned = place + place // len(MARKERS)  # one further with each dozen, or the combinations of the first one would come again
+    return place % len(PRINT), DASHES[turned % len(DASHES)], MARKERS[turned % len(MARKERS)]
 
 
 def thin(curve: Curve, points: int = 200) -> Curve:
@@ -84,7 +89,7 @@ def thin(curve: Curve, points: int = 200) -> Curve:
     if n <= points:
         return curve
     keep = np.unique(np.linspace(0, n - 1, points).round().astype(int))
-    return Curve(curve.name, curve.place, curve.x[keep], curve.mid[keep], curve.low[keep], curve.high[keep])
+    return replace(curve, x=curve.x[keep], mid=curve.mid[keep], low=curve.low[keep], high=curve.high[keep])
 
 
 # ------------------------------------------------------------------------------------------------------- learning curves
@@ -137,11 +142,10 @@ def _plot(axes: Axes, curves: Sequence[Curve], colours: Sequence[str], ink: str,
         x, mid, low, high = (v[good] for v in (curve.x, curve.mid, curve.low, curve.high))
         if np.isfinite(low).any():
             axes.fill_between(x, low, high, color=colour, alpha=0.14, linewidth=0, gid=gid)
-        every = max(len(x) // 9, 1)
-        first = (curve.place * max(every // 4, 1)) % every  # markers of several curves do not fall on each other
+        x, mid, marked = _marked(x, mid, curve)
         axes.plot(
             x, mid, color=colour, linewidth=1.9, linestyle=dash, marker=marker, markersize=SIZES.get(marker, 5.5),
-            markevery=(first, every), markeredgewidth=0, label=plain(_short(curve.name, 34)), gid=gid, clip_on=False,
+            markevery=marked, markeredgewidth=0, label=plain(_short(curve.name, 34)), gid=gid, clip_on=False,
         )  # fmt: skip
     _limits(axes, curves)
     axes.xaxis.set_major_locator(MaxNLocator(6 if axes.bbox.width > 500 else 4))
@@ -149,6 +153,16 @@ def _plot(axes: Axes, curves: Sequence[Curve], colours: Sequence[str], ink: str,
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(FuncFormatter(tick))
     ruled(axes, ink, grid, "y")
+
+
+def _marked(x: Column, mid: Column, curve: Curve) -> tuple[Column, Column, list[int]]:
+    """The line with its markers' points among its own, and which these are: about nine of the contestant's evaluations."""
+    at = x if curve.marks is None else curve.marks[(curve.marks >= x[0]) & (curve.marks <= x[-1])]
+    every = max(len(at) // 9, 1)
+    first = (curve.place * max(every // 4, 1)) % every  # markers of several curves do not fall on each other
+    marks = at[first::every]
+    points = np.union1d(x, marks)
+    return points, np.interp(points, x, mid), np.searchsorted(points, marks).tolist()
 
 
 def _limits(axes: Axes, curves: Sequence[Curve]) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Float
 
 from polopt.errors import CallError
+from polopt.evidence.compare.caveats import listed
 from polopt.evidence.compare.folders import Damaged, read_metrics, read_record
 from polopt.evidence.compare.results import Comparison, Contestant, RunResult, Status
 
@@ -39,17 +40,22 @@ def read_comparison(out: Path | str) -> Comparison:
         task=plan["task"], budget=plan["budget"], unit=plan["unit"], metric=plan["metric"],
         higher_is_better=plan["higher_is_better"], seeds=tuple(plan["seeds"]), contestants=contestants, runs=tuple(runs),
         baseline=plan["baseline"], settings=plan["settings"], command=plan["command"], folder=out, episodes=plan["episodes"],
-        jobs=plan["jobs"], notes=tuple(dict.fromkeys([*plan["notes"], *_notes(runs, plan)])),
+        jobs=plan["jobs"], notes=tuple(dict.fromkeys([*plan["notes"], *_notes(runs)])),
     )  # fmt: skip
 
 
-def _notes(runs: Sequence[RunResult], plan: Mapping[str, Any]) -> list[str]:
-    found = []
+def _notes(runs: Sequence[RunResult]) -> list[str]:
+    """What was noted about single runs; the same about several seeds of a contestant is one sentence."""
+    seeds: dict[tuple[str, str], list[int]] = {}
     for run in runs:
-        found += [str(n) for n in read_record(run.folder).get("notes", [])]
-        if run.status == "done" and len(run.spent) and run.spent[-1] > 1.1 * plan["budget"]:
-            found.append(f"{run.contestant}, seed {run.seed}, spent {run.spent[-1] / plan['budget']:.0%} of the budget")
-    return found
+        own = f"{run.contestant}, seed {run.seed}, "
+        for text in map(str, read_record(run.folder).get("notes", [])):
+            key = (run.contestant, text.removeprefix(own)) if text.startswith(own) else ("", text)
+            seeds.setdefault(key, []).append(run.seed)
+    return [
+        f"{name}, seed{'s' * (len(set(of)) > 1)} {listed(dict.fromkeys(of))}, {text}" if name else text
+        for (name, text), of in seeds.items()
+    ]
 
 
 def read_run(folder: Path, contestant: Contestant, seed: int, plan: Mapping[str, Any]) -> RunResult:

@@ -13,6 +13,8 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float
 
+from polopt.evidence.compare.entries import plain
+
 #: done: its budget is spent and its score is a number. failed: it crashed, or its score is not a number. unfinished: it was
 #: interrupted or killed, or never began, and would be continued by the same command.
 Status = Literal["done", "failed", "unfinished"]
@@ -54,6 +56,15 @@ class Contestant:
     command: str = ""  # of an external program
     settings: Mapping[str, Any] = field(default_factory=dict)  # its own, by dotted path
     tuned: Mapping[str, Any] = field(default_factory=dict)  # found by tuning, by dotted path
+    trials: int = 0  # settings that tuning tried; where it found none that is better, the preset stays
+
+    @property
+    def tuning(self) -> str:
+        """What came out of tuning, in words; empty without any."""
+        words = ", ".join(f"{k} = {plain(v)}" for k, v in self.tuned.items())
+        if not words and self.trials:
+            words = f"the preset stays, the best of {self.trials} setting{'s' * (self.trials > 1)}"
+        return f"{self.name} tuned: {words}" if words else ""
 
 
 @dataclass(frozen=True)

@@ -294,7 +294,7 @@ def _contestant(arm: Arm) -> dict[str, Any]:
     return {
         "name": arm.name, "method": "" if method is None else method.name, "title": "" if method is None else method.title,
         "command": arm.entry.command, "settings": {k: _plain(v) for k, v in arm.entry.settings.items()},
-        "tuned": {k: _plain(v) for k, v in arm.tuned.items()},
+        "tuned": {k: _plain(v) for k, v in arm.tuned.items()}, "trials": arm.trials,
     }  # fmt: skip
 
 

@@ -41,6 +41,7 @@ class Job:
     record: Mapping[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     plan: Mapping[str, Any] = field(default_factory=lambda: {"metric": "eval_score", "unit": "decisions", "budget": 0.0})
+    trial: str = ""  # of tuning
     state: str = "waiting"  # waiting, running, done, failed, unfinished
     error: str = ""
     killed: int = 0

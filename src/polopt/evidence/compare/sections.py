@@ -283,6 +283,7 @@ def repeat(found: Tree) -> str:
 def _own(c: Tree) -> list[tuple[str, str]]:
     out = [("method", c["method"])] if c["method"] and c["method"] != c["name"] else []
     out += [("command", c["command"] if isinstance(c["command"], str) else shlex.join(c["command"]))] if c["command"] else []
+    out += [("tuned", "the preset stays")] if c["trials"] and not c["tuned"] else []
     return out + flatten(c["settings"]) + [(k, f"{v} (tuned)") for k, v in flatten(c["tuned"])]
 
 

@@ -7,9 +7,10 @@ reused like any others.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +57,8 @@ def tune(asked: Asked, arms: Sequence[Arm], root: Path, make_jobs: MakeJobs, run
         for s in searches:
             _propose(asked, s, root)
         jobs = [make_jobs(arm, path, tuning_seeds(asked)) for s in searches for _, arm, path in s.asked]
+        for job in itertools.chain(*jobs):
+            job.trial = job.folder.parent.name
         going = run([job for same_seed in zip(*jobs, strict=True) for job in same_seed])
         if going:
             for s in searches:
@@ -123,7 +126,7 @@ def _best(asked: Asked, s: _Search) -> Arm:
         note = "" if len(s.trials) < asked.tune else f"{s.arm.name}: no trial of tuning came through; its setting stays as it was"
         return Arm(s.arm.entry, s.arm.layers, s.arm.resolved, note=note)
     best = max(counted, key=lambda t: (sign * t["mean"], -t["trial"]))
-    return arm_of(asked, s.arm.entry, best["values"])
+    return replace(arm_of(asked, s.arm.entry, best["values"]), trials=len(s.trials))
 
 
 # -------------------------------------------------------------------- what is varied
