@@ -72,7 +72,7 @@ def nets(**more: Any) -> Weighted:
     out.nets = {"critic": [critic(1.0, 0.0), critic(-2.0, 0.3)], "value": [lambda o, a: out.w * o[:, 1]]}
     out.slow = {"critic": [critic(1.0, 1.0), critic(-2.0, 1.3)], "value": [lambda o, a: out.w * o[:, 1] + 1]}
     out.policy = lambda o: (out.w * o[:, :A]).tanh()
-    out.slow_policy = lambda o: (0.5 * out.w * o[:, :A]).tanh()
+    out.slow_policy = lambda o: (2 * out.w * o[:, :A]).tanh()
     out.sample = lambda o, eps: ((out.w * o[:, :A] + 0.3 * eps).tanh(), -eps.square().sum(-1) - out.w)
     out.table = lambda o: (out.w * o).log_softmax(-1)
     for name, value in more.items():
@@ -239,11 +239,14 @@ def soft_draw(o: Any) -> tuple[Any, Any]:
 def by_hand(name: str, batch: Batch) -> Any:
     r, gamma, o = after(batch)
     now, a = flat(batch.obs), flat(batch.action)
-    mode, (drawn, logp) = np.tanh(0.4 * o[:, :A]), soft_draw(o)
+    mode, (drawn, logp) = np.tanh(1.6 * o[:, :A]), soft_draw(o)
     if name == "deterministic":
         return r + gamma * q(o, mode, 1.0, 1.0)
     if name == "clipped-double":  # deviation 0.2, cut at 0.5
-        acts = np.clip(mode + np.clip(0.2 * EPS.numpy() * 3, -0.5, 0.5), -1, 1)
+        shaken = mode + np.clip(0.2 * EPS.numpy() * 3, -0.5, 0.5)
+        assert shaken.min() < -1
+        assert shaken.max() > 1
+        acts = np.clip(shaken, -1, 1)
         return r + gamma * np.minimum(q(o, acts, 1.0, 1.0), q(o, acts, -2.0, 1.3))
     if name == "of-data":
         return np.minimum(q(now, a, 1.0, 1.0), q(now, a, -2.0, 1.3))

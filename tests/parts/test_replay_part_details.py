@@ -75,6 +75,7 @@ ASKED: list[tuple[Any, set[Can], set[str]]] = [
 def test_capabilities_and_slow_copies_that_parts_ask_for(part: Any, requires: set[Can], copies: set[str]) -> None:
     assert part.requires == requires
     assert part.copies == copies
+    assert getattr(part, "gamma", 0.99) == 0.99  # the discount of all these papers
 
 
 #: defaults of the papers (and, for sources, what the docs promise)
@@ -111,6 +112,7 @@ NETS: list[tuple[Any, Net]] = [
     (ExpectileQ(members=3, hidden=(4,)), Net("critic", "obs-action", 1, 3, (4,))),
     (QuantileRegression(), Net("critic", "obs-action", 25, 5, None)),
     (QOfActions(hidden=(7, 7)), Net("critic", "obs", "actions", 2, (7, 7))),
+    (StateRegression(), Net("value", "obs", 1, 1, None)),
     (StateRegression(hidden=(5,)), Net("value", "obs", 1, 1, (5,))),
     (Temperature(), Net("temperature", "none", init=0.0, bounds=(-20.0, 5.0))),
     (Temperature(initial_alpha=0.2), Net("temperature", "none", init=math.log(0.2), bounds=(-20.0, 5.0))),
@@ -164,12 +166,12 @@ def check(found: tuple[Tensor, dict[str, Tensor]], loss: Any, told: dict[str, fl
     assert {k: float(x) for k, x in found[1].items()} == pytest.approx(told)
 
 
-@pytest.mark.parametrize("scale", [1.0, 3.0])
-def test_squared_error_of_rows(scale: float) -> None:
+@pytest.mark.parametrize(("settings", "scale"), [({}, 1.0), ({"scale": 3.0}, 3.0)])
+def test_squared_error_of_rows(settings: dict[str, float], scale: float) -> None:
     batch = rows()
     q, y = predicted(batch), TARGET.flatten().numpy()
     told = {"q": q.mean(), "td_error": np.abs(q - y).mean()}
-    check(QRegression(scale=scale)(batch, linear(two_weights()), TARGET), np.square(q - y).sum(0), told, factor=scale)
+    check(QRegression(**settings)(batch, linear(two_weights()), TARGET), np.square(q - y).sum(0), told, factor=scale)
 
 
 @pytest.mark.parametrize(
@@ -196,7 +198,9 @@ def test_the_expectile_is_the_same_of_numbers_and_tensors(fraction: float) -> No
     part = ExpectileQ(start=0.8, end=0.6, share=0.5)
     want = max(0.6, 0.8 - 0.4 * fraction)
     assert part.expectile(fraction) == pytest.approx(want)
-    assert float(part.expectile(torch.tensor(fraction, dtype=F64))) == pytest.approx(want)
+    found = part.expectile(torch.tensor(fraction, dtype=F64))
+    assert isinstance(found, Tensor)  # nothing is decided on its value: a compiled step goes on
+    assert float(found) == pytest.approx(want)
 
 
 def test_asymmetric_loss_and_its_slope_at_zero() -> None:
@@ -250,17 +254,21 @@ def by_pairs(theta: Any, y: Any, kappa: float) -> Any:
     return (np.abs(level[:, None] - (u < 0)) * huber).mean((2, 3))
 
 
-@pytest.mark.parametrize(("over", "factor"), [("sum", 1.0), ("mean", 0.5)])
-@pytest.mark.parametrize(("kappa", "scale"), [(1.0, 1.0), (0.3, 3.0), (100.0, 1.0)])
+QUANTILES: list[tuple[dict[str, Any], float, float]] = [
+    ({}, 1.0, 1.0), ({"over": "mean"}, 1.0, 0.5), ({"kappa": 0.3, "scale": 3.0}, 0.3, 3.0), ({"kappa": 100.0}, 100.0, 1.0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("settings", "kappa", "factor"), QUANTILES)
 @pytest.mark.parametrize("goals", [1, 3])
-def test_quantile_error_of_rows(over: Any, factor: float, kappa: float, scale: float, goals: int) -> None:
+def test_quantile_error_of_rows(settings: dict[str, Any], kappa: float, factor: float, goals: int) -> None:
     table, nets = quantile_nets()
     y = TARGET[..., None] + torch.tensor([0.0, -1.5, 4.0], dtype=F64)[:goals]
     theta, flat = table.detach().numpy(), y.flatten(0, 1).numpy()
     loss = by_pairs(theta, flat, kappa).sum(0)
     told = {"q": theta.mean(), "td_error": np.abs(flat.mean(-1) - theta.mean(-1)).mean()}
-    part = QuantileRegression(atoms=4, members=2, kappa=kappa, scale=scale, over=over)
-    check(part(rows(), nets, y if goals > 1 else TARGET), loss, told, factor=factor * scale)
+    part = QuantileRegression(atoms=4, members=2, **settings)
+    check(part(rows(), nets, y if goals > 1 else TARGET), loss, told, factor=factor)
     np.testing.assert_allclose(part.value(rows(), nets).detach(), theta.mean((0, 2)))
 
 
@@ -319,12 +327,14 @@ def test_exploration_noise_by_hand() -> None:
         np.testing.assert_allclose(found, np.clip(action + std * n, -1, 1), rtol=1e-6)
         assert found.dtype == np.float32
         assert kept is state
+        assert part.host
     for part, keep, size in ((OrnsteinUhlenbeck(), 0.85, 0.2), (OrnsteinUhlenbeck(std=0.6, theta=0.5, dt=0.25), 0.875, 0.3)):
         found, kept = part(action, state, fresh, np.random.default_rng(3))
         noise = keep * np.array([[0.5, -0.2], [0.0, 0.0]]) + size * n
         np.testing.assert_allclose(kept, noise, rtol=1e-6)
         np.testing.assert_allclose(found, np.clip(action + noise, -1, 1), rtol=1e-6)
         assert found.dtype == kept.dtype == np.float32
+        assert part.host
     np.testing.assert_array_equal(state, np.array([[0.5, -0.2], [0.1, 0.4]], np.float32))
 
 
@@ -360,10 +370,3 @@ def test_sources_of_kept_transitions_say_what_does_not_fit() -> None:
     assert offline.sampler.name == Nothing.name
     assert Ring.host
     assert Dataset.host
-
-
-def test_parts_that_need_the_host_say_so() -> None:
-    assert NearestInData.host
-    assert GaussianNoise.host
-    assert OrnsteinUhlenbeck.host
-    assert not BehaviourCloned.host

@@ -13,7 +13,7 @@ from torch import Tensor
 from polopt.batch import Batch
 from polopt.interfaces import Nets
 from polopt.part import Can, Net, Part, Range, register_part
-from polopt.parts.transitions import seen, taken
+from polopt.parts.transitions import pooled, seen, taken
 
 if TYPE_CHECKING:
     from polopt.method import Method
@@ -179,7 +179,7 @@ class StateRegression(Part):
 
     def __call__(self, batch: Batch, nets: Nets, target: Float[Tensor, "B T"]) -> tuple[Float[Tensor, "B T"], dict[str, Tensor]]:
         """The loss of each decision; tells the mean value."""
-        value = nets.values("value", seen(batch)).squeeze(-1).squeeze(0)
+        value = pooled(nets.values("value", seen(batch)), "first")
         loss = asymmetric(target.flatten() - value, self.tau)
         loss = 2 * loss if self.doubled else loss
         return self.scale * loss.view(batch.shape), {"v": value.detach().mean()}
@@ -187,7 +187,7 @@ class StateRegression(Part):
 
 def asymmetric(u: Tensor, tau: float | Tensor) -> Tensor:
     """The expectile loss |tau - 1[u < 0]| u^2 (Newey & Powell 1987)."""
-    return (tau - (u.detach() < 0).to(u.dtype)).abs() * u.square()
+    return (tau - (u < 0).to(u.dtype)).abs() * u.square()
 
 
 def quantile_huber(
@@ -203,7 +203,7 @@ def quantile_huber(
         y = goal.to(torch.float64).sort(-1).values
         centre = y.mean(-1, keepdim=True)
         y = y - centre
-        theta = atoms.detach().to(torch.float64).transpose(0, 1).reshape(rows, members * count).contiguous() - centre
+        theta = atoms.to(torch.float64).transpose(0, 1).reshape(rows, members * count).contiguous() - centre
         first, second = (F.pad(x.cumsum(-1), (1, 0)) for x in (y, y.square()))
         total = y.shape[-1]
         start, end = torch.zeros_like(theta, dtype=torch.int64), torch.full_like(theta, total, dtype=torch.int64)
