@@ -30,12 +30,15 @@ def first(score: Float[Tensor, "B T"], among: Bool[Tensor, "B T"], count: Tensor
     return among & (place < count).view(among.shape)
 
 
+def floor_of(members: Bool[Tensor, "B T"], share: float) -> Tensor:
+    """floor(share x members), a float64; what rounding takes from a whole number is not missing."""
+    return (members.sum().double() * share + 1e-9).floor()
+
+
 def share_of(valid: Bool[Tensor, "B T"], share: float) -> Tensor:
     """max(1, floor(share x valid decisions)), 0 for share = 0."""
-    if share == 0:
-        return valid.new_zeros((), dtype=torch.float32)
-    # what the product falls short of a whole number by rounding is not missing
-    return (valid.sum() * share + 1e-9).floor().clamp(min=1)
+    count = floor_of(valid, share)
+    return count if share == 0 else count.clamp(min=1)
 
 
-__all__ = ["centred_product", "first", "share_of"]
+__all__ = ["centred_product", "first", "floor_of", "share_of"]

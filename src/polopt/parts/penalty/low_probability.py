@@ -12,7 +12,7 @@ from torch import Tensor
 
 from polopt.batch import Batch
 from polopt.part import Can, Part, Range, register_part
-from polopt.parts.covariance import first
+from polopt.parts.covariance import first, floor_of
 from polopt.parts.shapes import MAX_LOG_RATIO, assert_decisions, keep
 from polopt.pooling import not_half
 from polopt.stats import FILTERED
@@ -69,7 +69,7 @@ class LowProbability(Part):
         logp, target = not_half(now["logp"]), not_half(self._target(batch, now))
         assert_decisions(batch, advantage=advantage, **{"logp@now": logp})
         punished = valid & (advantage < 0)
-        count = (punished.sum() * self.rho + 1e-9).floor()  # what rounding takes from a whole number is not missing
+        count = floor_of(punished, self.rho)
         rare = first(logp, punished, torch.where(count > 1, count, torch.zeros_like(count)))
         kept = logp < target if self.form == "code" else target > FILTERED / 2
         return {"spared@minibatch": (rare & kept).to(logp)}

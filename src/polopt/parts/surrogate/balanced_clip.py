@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 def stairs(start: float, stop: float, step: float) -> list[float]:
     """start, start + step, ... up to stop, which is the last one."""
-    n = math.ceil((stop - start) / step - 1e-9)
-    return [min(start + i * step, stop) for i in range(n)] + [stop]
+    n = math.ceil((stop - start) / step - 1e-9)  # so that a last stair that is stop but for rounding comes once
+    return [start + i * step for i in range(n)] + [stop]
 
 
 @register_part("surrogate", "balanced-clip")
