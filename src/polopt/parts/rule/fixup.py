@@ -103,7 +103,6 @@ class FixUpStepper:
             return kl.new_zeros(())
         return kl.amax() if self.rule.statistic == "max" else kl.mean()
 
-    @torch.no_grad()
     def _turn(self, kl: Float[Tensor, ""]) -> None:
         """A step of the dual variable; a divergence that is not finite leaves it."""
         slope = (self.rule.eps_kl - self.rule.aim * kl).to(self.beta)
@@ -112,7 +111,6 @@ class FixUpStepper:
         self.beta = beta.clamp(min=0)
 
     # ---------------------------------------------------------------- second phase
-    @torch.no_grad()
     def begin(self, whole: Problem) -> None:
         """Keep parameters and moments as they are before the first step."""
         copies = [{k: v.clone() for k, v in s.items()} for s in self.inner.states]
@@ -171,17 +169,15 @@ class FixUpStepper:
             (p, old, p.detach().clone())
             for p, old, g in zip(self.parameters, self.start[0], slopes, strict=True) if g is not None
         ]  # fmt: skip
-        low, high, self.worst = 0.0, 1.0, torch.zeros_like(self.beta)
+        low, self.worst = 0.0, torch.zeros_like(self.beta)
         share = 1.0
-        for _ in range(BISECTIONS):
+        for i in range(1, BISECTIONS + 1):
             worst = self._at(line, share, pieces)
             if bool(worst <= self.rule.eps_kl):  # NaN is not
                 low, self.worst = share, worst
-            else:
-                high = share
             if low == 1.0:
                 break
-            share = (low + high) / 2
+            share = low + 0.5**i
         self.kept = low
         self._at(line, low, ())
 
@@ -210,5 +206,5 @@ class FixUpStepper:
     def load(self, state: State) -> None:
         """Restore from `state()`; raises KeyError or RuntimeError where it does not fit."""
         self.inner.load(state)
-        self.beta = state["beta"].to(self.beta).clone()
-        self.moments = {k: state["dual"][k].to(v).clone() for k, v in self.moments.items()}
+        self.beta = state["beta"].to(self.beta)
+        self.moments = {k: state["dual"][k].to(v) for k, v in self.moments.items()}
