@@ -60,7 +60,7 @@ class Improvement(Grouped):
         centred = outcome - batch.pool(outcome, "group", "mean")
         alike = batch.pool(outcome, "group", "max") <= batch.pool(outcome, "group", "min")
         size = batch.pool(centred.abs(), "group", "mean")  # sum_j |A_j| / G
-        return torch.where(alike, torch.zeros_like(centred), centred / torch.where(alike, torch.ones_like(size), size))
+        return torch.where(alike, torch.zeros_like(centred), centred / size)
 
 
 __all__ = ["Improvement"]

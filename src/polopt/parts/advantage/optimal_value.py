@@ -26,18 +26,17 @@ def soft_value(
     more = torch.zeros_like(count).index_add(0, item, torch.ones_like(reward))
     total = count + more
     if math.isinf(beta):
-        found = (torch.zeros_like(value).index_add(0, item, reward) + count * value) / total.clamp(min=1)
+        found = (torch.zeros_like(value).index_add(0, item, reward) + count * value) / total
     else:
         lowest = torch.full_like(value, -math.inf)
         before = torch.where(count > 0, value, lowest)
         best = before.scatter_reduce(0, item, reward, "amax")
-        safe = torch.where(total > 0, best, 0.0)
-        found = safe
+        found = best
         if beta > 0:  # relative to the best sample, so that nothing overflows
-            mass = count * ((before - safe) / beta).exp()
-            mass = mass.index_add(0, item, ((reward - safe[item]) / beta).exp())
-            found = safe + beta * (mass / total.clamp(min=1)).clamp(min=1e-300).log()
-    return torch.where(more > 0, found, value), total
+            mass = count * ((before - best) / beta).exp()
+            mass = mass.index_add(0, item, ((reward - best[item]) / beta).exp())
+            found = best + beta * (mass / total).log()
+    return torch.where(more > 0, found, value), total  # what was found for an item without samples is not a number
 
 
 @register_part("advantage", "optimal-advantage")
