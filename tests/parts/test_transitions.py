@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from polopt.batch import Batch
 from polopt.errors import CallError
-from polopt.parts.transitions import discount, expected, following, of_actions, pooled, rewards, seen, taken, valued
+from polopt.parts.transitions import Pool, discount, expected, following, of_actions, pooled, rewards, seen, taken, valued
 
 F64 = torch.float64
 
@@ -57,16 +57,21 @@ def test_what_a_batch_lacks_is_named() -> None:
         discount(rows(terminated=None), 0.9)
 
 
+POOLS: dict[Pool, list[float]] = {"first": [2.0, -1.0], "min": [1.0, -1.0], "mean": [3.0, 0.5]}
+OF_ACTIONS: dict[Pool, list[list[float]]] = {
+    "first": [[1.0, 3.0], [0.0, -2.0]], "min": [[0.0, 2.0], [-1.0, -2.0]], "mean": [[7 / 3, 11 / 3], [1.0, 0.0]],
+}  # fmt: skip
+
+
 def test_pools_by_hand() -> None:
-    values = torch.tensor([[[1.0, 3.0], [0.0, -2.0]], [[0.0, 2.0], [4.0, 2.0]], [[6.0, 6.0], [-1.0, 0.0]]])  # [3,2,2]
-    for how, found in (("first", [2.0, -1.0]), ("min", [1.0, -1.0]), ("mean", [3.0, 0.5])):
-        torch.testing.assert_close(pooled(values, how), torch.tensor(found))  # type: ignore[arg-type]
-    of = (("first", [[1.0, 3.0], [0.0, -2.0]]), ("min", [[0.0, 2.0], [-1.0, -2.0]]), ("mean", [[7 / 3, 11 / 3], [1.0, 0.0]]))
-    for how, table in of:
-        torch.testing.assert_close(of_actions(values, how), torch.tensor(table))  # type: ignore[arg-type]
-    single = torch.tensor([[[1.0], [5.0]]])  # one member, one atom
-    for how in ("first", "min", "mean"):
-        assert pooled(single, how).tolist() == [1.0, 5.0]  # type: ignore[arg-type]
+    """[3,2,2]: three members' two atoms (or actions) of two decisions; every pool that can be chosen."""
+    values = torch.tensor([[[1.0, 3.0], [0.0, -2.0]], [[0.0, 2.0], [4.0, 2.0]], [[6.0, 6.0], [-1.0, 0.0]]])
+    assert set(get_args(Pool)) == set(POOLS) == set(OF_ACTIONS)
+    for how, found in POOLS.items():
+        torch.testing.assert_close(pooled(values, how), torch.tensor(found))
+        torch.testing.assert_close(pooled(values[:, :1], how), torch.tensor(found[:1]))  # a single decision
+        torch.testing.assert_close(of_actions(values, how), torch.tensor(OF_ACTIONS[how]))
+        assert pooled(torch.tensor([[[1.0], [5.0]]]), how).tolist() == [1.0, 5.0]  # one member, one atom
 
 
 def test_members_that_are_not_read_are_not_computed() -> None:

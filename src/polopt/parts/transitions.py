@@ -40,11 +40,10 @@ def discount(batch: Batch, gamma: float) -> Float[Tensor, " N"]:
     """gamma^m (1 - terminated), m the decisions folded into a transition: truncation bootstraps, termination does not."""
     if batch.terminated is None:
         raise CallError("the batch does not say which decisions ended an episode (terminated)")
-    going = (~batch.terminated).flatten()
     steps = batch.row.get("steps")
     if steps is None:
-        return going.to(torch.get_default_dtype()) * gamma
-    return going.to(steps.dtype) * gamma ** steps.repeat_interleave(batch.shape[1]) if batch.shape[1] > 1 else going * gamma**steps
+        return (~batch.terminated).flatten().to(torch.get_default_dtype()) * gamma
+    return (~batch.terminated * gamma ** steps[:, None]).flatten()
 
 
 def rewards(batch: Batch) -> Float[Tensor, " N"]:
