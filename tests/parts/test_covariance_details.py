@@ -144,6 +144,8 @@ def test_what_is_clipped_is_no_candidate() -> None:
     old = logp - tensor(0.5, 0)
     assert dropped(ClipCov(share=1.0), logp, a, old=old, surrogate=Clip(0.2, 0.2)) == [0, 1]
     assert dropped(ClipCov(share=1.0), logp, a, old=old) == [1, 1]
+    low = ClipCov(share=1.0, lower=2.5)  # C = 2: nothing is a candidate, clipped or not
+    assert dropped(low, logp, a, old=old, surrogate=Clip(0.2, 0.2)) == [0, 0]
 
 
 def test_padding_is_no_candidate_where_zero_is_within_the_bounds() -> None:
@@ -164,6 +166,7 @@ def test_padding_is_no_candidate_and_takes_no_number() -> None:
         assert sum(plain) == sum(padded) == 1
         assert [padded[i] for i in (1, 3, 4, 6)] == plain
         seen.add(tuple(plain))
+        assert sum(dropped(ClipCov(share=0.5), wide, wider, valid, seed)) == 2  # of four, not of seven
     assert len(seen) == 4
 
 

@@ -95,6 +95,9 @@ def test_a_decision_is_cut_where_all_of_its_pairs_are() -> None:
     drop = torch.tensor([[[0.0, 0.1], [0.1, 0.1], [0.0, 0.0]]], dtype=F64)
     batch, stats = flow(part, torch.zeros(1, 3, 2, dtype=F64), -drop)
     assert part.cut(batch, stats, tensor(1, 1, 1)).tolist() == [[False, True, False]]
+    between = torch.tensor([[[0.2], [-0.2], [0.2], [-0.2]]], dtype=F64)  # ratios e^0.2, e^-0.2 and bounds 0.9, 1.3
+    found = FlowClip(low=0.1, high=0.3).cut(*flow(part, 0 * between, -between), tensor(1, -1, -1, 1))
+    assert found.tolist() == [[False, True, False, False]]
     loss, _ = part(batch, stats, tensor(1, 1, 1))  # the mean over pairs
     assert loss.tolist()[0] == pytest.approx([-(1 + 1.05) / 2, -1.05, -1.0])
 
@@ -163,6 +166,7 @@ def test_half_precision_advantages_keep_the_sharpness() -> None:
 def test_the_warning_points_at_the_caller() -> None:
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
+        SoftGate(1.0, 1.0)
         SoftGate(1.0, 0.9)
     assert [w.filename for w in seen] == [__file__]
     with pytest.raises(CallError, match="tau_neg"):
@@ -182,10 +186,10 @@ def test_the_clip_s_drift_in_numbers() -> None:
 
 
 def test_the_default_closed_form_in_numbers() -> None:
-    log = tensor(math.log(2), -math.log(2))
+    log = tensor(math.log(2), -math.log(2), math.log(2))
     low = math.log(2)
-    wanted = [1 - 2 * math.tanh(0.5), low - 0.6 * math.tanh(low / 0.6)]
-    assert DiscoveredDrift().drift(log, tensor(1, -1), {}).tolist()[0] == pytest.approx(wanted, rel=1e-12)
+    wanted = [1 - 2 * math.tanh(0.5), low - 0.6 * math.tanh(low / 0.6), 0.5 - 2 * math.tanh(0.25)]
+    assert DiscoveredDrift().drift(log, tensor(1, -1, 0.5), {}).tolist()[0] == pytest.approx(wanted, rel=1e-12)
 
 
 def test_the_untrained_network() -> None:
@@ -203,6 +207,9 @@ def test_the_default_learnt_drift_in_numbers() -> None:
     """A single unit that sees log r alone: f = relu(0.5 tanh(2 log r) - 1e-4), or with 0.3 A of the clip's besides."""
     part = LearntDrift()
     assert (part.weights, part.xi, part.start, part.eps) == ("cartpole", 1e-4, "zero", 0.2)
+    method: Any = None
+    assert part.validate(method, method) is None
+    assert "none such" in str(LearntDrift(weights="none such").validate(method, method))
     hidden = torch.zeros(1, 8)
     hidden[0, 2] = 2.0
     net = {"hidden": hidden, "out": torch.tensor([0.5])}

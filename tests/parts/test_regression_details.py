@@ -107,6 +107,11 @@ def spread(score: list[float], steps: int = 4) -> Tensor:
     return torch.tensor(score, dtype=F64)[:, None].expand(len(score), steps)
 
 
+def poisoned(score: list[float], valid: Tensor) -> Tensor:
+    """These advantages where decisions count; elsewhere others, by which the worst would be the best."""
+    return torch.where(valid, spread(score, valid.shape[1]), spread([-100 * x for x in score], valid.shape[1]))
+
+
 def pairs_of(rows: list[list[int]], eta: float, form: str = "paper") -> list[float]:
     """For each group of rows the mean over its pairs of ((d - d')/eta - (A - A'))^2."""
     e = [d / eta - s for d, s in zip(RATIO, SCORE, strict=True)]
@@ -140,7 +145,7 @@ def test_groups_in_any_order(eta: float, pairs: Any, form: Any) -> None:
     rows = [[0, 2, 4], [1, 3, 5]] if pairs == "all" else [[0, 2], [1, 3]]
     first, second = pairs_of(rows, eta, form)
     batch, now = answers()
-    loss = losses(RelativeRegression(eta=eta, pairs=pairs, form=form), batch, now, spread(SCORE))
+    loss = losses(RelativeRegression(eta=eta, pairs=pairs, form=form), batch, now, poisoned(SCORE, batch.mask))
     assert float(loss[0::2].sum().detach()) == pytest.approx(3 * first)
     assert float(loss[1::2].sum().detach()) == pytest.approx(3 * second)
     where = (loss != 0).nonzero().tolist()
@@ -162,8 +167,27 @@ def test_rows_that_do_not_count_are_no_partners() -> None:
         e = [d - s for d, s in zip(RATIO, SCORE, strict=True)]
         assert told["centre@minibatch"][[0, 2], 0].tolist() == pytest.approx([(e[0] + e[2]) / 2] * 2)
         assert bool(told["centre@minibatch"].isfinite().all())
+        assert float(told["centre@minibatch"][3, 0]) == pytest.approx(e[3])  # alone it is the mean
         loss = losses(part, batch, now, spread(SCORE), valid)
         assert float(loss.sum().detach()) == pytest.approx(2 * (e[0] - e[2]) ** 2)
+
+
+@pytest.mark.parametrize("pairs", ["all", "best-worst"])
+def test_a_group_of_which_nothing_counts_has_no_gradient(pairs: Any) -> None:
+    batch, now = answers()
+    valid = batch.mask & torch.tensor([1, 0] * 3).bool()[:, None]
+    loss = losses(RelativeRegression(pairs=pairs), batch, now, spread(SCORE), valid)
+    assert loss[1::2].tolist() == [[0.0] * 4] * 3
+    (slope,) = torch.autograd.grad(loss.sum(), now)
+    assert slope[1::2].tolist() == [[0.0] * 4] * 3
+    assert float(slope[0::2].abs().max()) > 0.1
+
+
+def test_answers_of_one_decision() -> None:
+    batch, now = answers([0.5, -1.0], [0, 0], steps=1)
+    for pairs in ("all", "best-worst"):
+        loss = losses(RelativeRegression(pairs=pairs), batch, now, spread([1.0, 2.0], 1))
+        assert float(loss.sum().detach()) == pytest.approx(2 * (1.5 + 1.0) ** 2)
 
 
 @pytest.mark.parametrize(
