@@ -15,6 +15,7 @@ from torch import Tensor
 
 from polopt.batch import Batch
 from polopt.errors import CallError, MissingStatistic
+from polopt.part import Can
 from polopt.parts.advantage.decoupled import Decoupled
 from polopt.parts.advantage.group import GroupBaseline
 from polopt.parts.reward.conditioned import Conditioned
@@ -200,5 +201,11 @@ def test_conditioned_rewards() -> None:
         Conditioned(hard=3)(batch)
     with pytest.raises(MissingStatistic, match="reward="):
         Conditioned()(replace(batch, reward=None))
+    assert Conditioned().requires == {Can.EPISODES}
+    exact = replace(batch, reward=torch.tensor([[[1.0, 3], [0, 4]], [[1.25, 5], [-0.5, 6]]], dtype=F64))
+    assert Conditioned()(exact)[..., 1].tolist() == [[3.0, 4.0], [0.0, 0.0]]  # channel 0 by default, from 1 on
+    with pytest.raises(CallError, match=r"reward\.hard = 2, but there are 2 reward channels"):
+        Conditioned(hard=2)(exact)
+    assert torch.equal(Conditioned(hard=2, threshold=-9.0)(batch), reward)  # the last channel is one
     method = get_method("gdpo").but("x", reward=Conditioned())
     assert float((method.advantages(batch) - get_method("gdpo").advantages(batch)).abs().max()) > 0.1

@@ -101,6 +101,7 @@ def test_pure_form_makes_the_same_steps(kind: str, momentum: float) -> None:
     p = torch.randn(20, generator=g).requires_grad_()
     q, stepper = p.detach().clone(), rule.bind([p])
     state = functional.initial(rule, q)
+    assert rule.flat  # so that all parameters are one tensor, as here
     for i in range(5):
         grad = torch.randn(20, generator=g)
         grad[0] = math.nan if i == 2 else grad[0]

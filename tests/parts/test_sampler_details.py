@@ -13,8 +13,10 @@ from polopt.errors import CallError
 from polopt.interfaces import Plan
 from polopt.part import Can, Part
 from polopt.parts.advantage.group import GroupBaseline
+from polopt.parts.reward.overlong import SoftOverlong
 from polopt.parts.sampler.dynamic import DynamicSampling
 from polopt.parts.sampler.fresh import Fresh
+from polopt.parts.sampler.spare import Spare
 from polopt.registry import get_method
 
 torch.set_num_threads(1)
@@ -82,3 +84,15 @@ def test_groups_of_one_are_refused_and_of_two_are_not() -> None:
         name: ClassVar[str] = "whole"
 
     grpo.but("mine", sampler=Whole())
+
+
+def test_one_sample_more_than_is_trained_on() -> None:
+    """Eight are trained on by default, nine are drawn; a reward that changes scores afterwards is refused, none is not."""
+    part = Spare()
+    assert part.requires == {Can.GROUPS, Can.EPISODES}
+    assert part.host
+    assert [(r.item, r.count) for r in next(part(Plan(2, lambda n: [7, 8][:n])))] == [(7, 9), (8, 9)]
+    method = get_method("mc-grpo")
+    assert part.validate(method, method.update()) is None
+    changed = get_method("grpo").but("mine", reward=SoftOverlong())
+    assert "which reward 'soft-overlong' changes" in str(part.validate(changed, changed.update()))

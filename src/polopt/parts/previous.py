@@ -47,7 +47,7 @@ class Previous(Part):
 
     def initial(self) -> dict[str, Tensor]:
         """Mean outcomes of the last iterations, the newest last."""
-        return {"means": torch.zeros(0, dtype=torch.float64)}
+        return {"means": torch.empty(0, dtype=torch.float64)}
 
     def validate(self, method: Method, update: Update) -> str | None:
         """Refuse a method that learns from kept transitions."""

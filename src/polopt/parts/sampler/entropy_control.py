@@ -86,7 +86,7 @@ class EntropyControl(Part):
             return {"sum": memory["sum"] + total, "count": memory["count"] + valid.sum().double().cpu()}
         if moment == "stepped":
             seen = memory["count"] > 0
-            mean = torch.where(seen, memory["sum"] / memory["count"].clamp(min=1), memory["entropy"])
+            mean = torch.where(seen, memory["sum"] / memory["count"], memory["entropy"])
             zero = torch.zeros_like(mean)
             return {"entropy": mean, "sum": zero, "count": zero}
         return {}
@@ -100,7 +100,9 @@ def _advantage(batch: Batch) -> Tensor:
 def is_replaced(batch: Batch) -> Tensor:
     """Rows that left the loss [B,1]; none in a batch of another sampler."""
     column = batch.row.get("replaced")
-    return torch.zeros_like(batch.mask[:, :1]) if column is None else column[:, None] > 0
+    if column is None:
+        return torch.zeros(batch.shape[0], 1, dtype=torch.bool, device=batch.mask.device)
+    return column[:, None] > 0
 
 
 def mixed(batch: Batch, control: Batch) -> Batch:
