@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -380,9 +381,19 @@ def test_a_temperature_is_given_or_trained() -> None:
     assert lacks_temperature(None, sac) is None
     assert lacks_temperature(0.0, none) is None
     assert "set alpha" in str(lacks_temperature(None, none))
-    for part in (SoftTarget, SoftState, SoftGradient):
-        assert "has no temperature" in str(part().validate(none, none.updates[0]))
-        assert part(alpha=0.5).validate(none, none.updates[0]) is None
-        assert part().validate(sac, sac.updates[0]) is None
+    trained, fixed = SimpleNamespace(terms=("actor", "multiplier")), SimpleNamespace(terms=("actor",))
+    for updates, part, trains in (
+        ([trained], Temperature(), True),
+        ([fixed, trained], Temperature(), True),
+        ([fixed], Temperature(), False),  # the part is there, and no update has it as a term
+        ([trained], None, False),
+        ([], Temperature(), False),
+    ):
+        method: Any = SimpleNamespace(updates=updates, slots=lambda u, part=part: SimpleNamespace(multiplier=part))
+        assert (lacks_temperature(None, method) is None) == trains
+    for soft in (SoftTarget, SoftState, SoftGradient):
+        assert "has no temperature" in str(soft().validate(none, none.updates[0]))
+        assert soft(alpha=0.5).validate(none, none.updates[0]) is None
+        assert soft().validate(sac, sac.updates[0]) is None
     tqc = get_method("tqc")
     assert SoftTruncated().validate(tqc, tqc.updates[0]) is None

@@ -78,7 +78,7 @@ def test_capabilities_and_slow_copies_that_parts_ask_for(part: Any, requires: se
     assert getattr(part, "gamma", 0.99) == 0.99  # the discount of all these papers
 
 
-#: defaults of the papers (and, for sources, what the docs promise)
+#: defaults of the papers
 DEFAULTS: list[tuple[Any, dict[str, Any]]] = [
     (BehaviourCloned(), {"alpha": 2.5, "pool": "first"}),  # TD3+BC, sec. 5
     (NearestInData(), {"alpha": 2.5, "beta": 2.0, "neighbours": 1}),  # PRDC, app. A
@@ -97,8 +97,6 @@ DEFAULTS: list[tuple[Any, dict[str, Any]]] = [
     (HardCopy(), {"of": (), "tau": 1.0, "every": 1000}),
     (GaussianNoise(), {"std": 0.1}),
     (OrnsteinUhlenbeck(), {"std": 0.2, "theta": 0.15, "dt": 1.0}),  # DDPG, sec. 7
-    (Ring(), {"size": 1_000_000, "batch": 256, "start": 10_000, "utd": 1.0, "n_step": 1, "storage": "memory"}),
-    (Dataset(), {"path": "", "batch": 256, "n_step": 1, "rounds": 100, "normalize_obs": False}),
 ]
 
 
@@ -296,15 +294,16 @@ def test_the_value_of_a_decision_is_the_mean_over_members() -> None:
 def test_slow_copies_move_by_hand() -> None:
     slow, now = [torch.tensor([1.0, -2.0]), torch.tensor([[4.0]])], [torch.tensor([3.0, 2.0]), torch.tensor([[0.0]])]
     part = Polyak(tau=0.25)
-    moved = [part.move(s, n) for s, n in zip(slow, now, strict=True)]
+    moved = [part.move(s.clone(), n) for s, n in zip(slow, now, strict=True)]
     part.step(slow, now)
     for s, m, want in zip(slow, moved, ([1.5, -1.0], [[3.0]]), strict=True):
         assert s.tolist() == m.tolist() == want
     assert [x.tolist() for x in now] == [[3.0, 2.0], [[0.0]]]
     leaf = torch.tensor([1.0], requires_grad=True)
     far = torch.tensor([0.0])
-    part.step([far], [leaf])
+    Polyak().step([far], [leaf])
     assert not far.requires_grad
+    assert far.tolist() == pytest.approx([0.005])  # what TD3 and SAC use
     HardCopy().step([far], [leaf])
     assert far.tolist() == [1.0]
 
@@ -313,8 +312,23 @@ def test_when_slow_copies_move() -> None:
     assert [Polyak().due(k) for k in (1, 2, 999, 1000)] == [True] * 4
     assert [HardCopy(every=3).due(k) for k in range(1, 8)] == [False, False, True, False, False, True, False]
     assert [HardCopy().due(k) for k in (1, 999, 1000, 1001, 2000)] == [False, False, True, False, True]
+    assert HardCopy().tau == 1.0
     assert Polyak().moves({"policy", "critic", "value"}) == ("critic", "policy", "value")
     assert Polyak(of=("value",)).moves({"policy", "critic", "value"}) == ("value",)
+
+
+def test_every_slow_copy_is_moved_by_one_update() -> None:
+    td3, ppo = get_method("td3"), get_method("ppo")
+    critic, actor = td3.updates
+    assert Polyak().validate(ppo, ppo.updates[0]) == "moves slow copies, and no part reads any"
+    assert Polyak().validate(td3, actor) is None
+    for names in (("critic",), ("policy", "critic")):
+        assert Polyak(of=names).validate(td3, critic) is None
+        assert Polyak(of=names).validate(td3, actor) is None
+    assert Polyak(of=("critic", "value")).validate(td3, actor) == "moves the slow copy of 'value', which no part reads"
+    found = str(HardCopy().validate(td3, critic))
+    assert found.startswith("moves all slow copies, and update 'actor' moves that of 'critic' as well: ")
+    assert found.endswith("say in updates.critic.after.copy.of which it moves, or set updates.actor.after none")
 
 
 # -------------------------------------------------------------------- exploration
@@ -362,6 +376,8 @@ def test_a_ring_holds_a_batch_and_a_window(ring: Ring, message: str | None) -> N
 
 def test_sources_of_kept_transitions_say_what_does_not_fit() -> None:
     sac, ppo, offline = get_method("sac"), get_method("ppo"), get_method("td3-bc")
+    assert Ring() == Ring(size=1_000_000, batch=256, start=10_000, utd=1.0, n_step=1, storage="memory")  # TD3, SAC
+    assert Dataset() == Dataset(path="", batch=256, n_step=1, rounds=100, normalize_obs=False)
     for part in (Ring(), Dataset()):
         assert "ppo has none" in str(part.validate(ppo, ppo.updates[0]))
     assert Dataset().validate(offline, offline.updates[0]) is None

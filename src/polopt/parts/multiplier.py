@@ -91,7 +91,7 @@ class DiscreteTemperature(Temperature):
 
     def goal(self, nets: Nets) -> float:
         """The target entropy in nats."""
-        return self.share * math.log(max(nets.actions, 1)) if self.entropy is None else self.entropy
+        return self.share * math.log(nets.actions) if self.entropy is None else self.entropy
 
     def __call__(self, batch: Batch, nets: Nets, rng: Draws) -> tuple[Float[Tensor, "B T"], dict[str, Tensor]]:
         """The loss of each decision; tells the temperature, the entropy and its share of the largest (0 where that is 0)."""
@@ -100,5 +100,5 @@ class DiscreteTemperature(Temperature):
                 log_probs = nets.log_probs(seen(batch))
                 batch = batch.adding({DRAWN: expected(log_probs, log_probs).view(batch.shape)})
         loss, told = super().__call__(batch, nets, rng)
-        most = math.log(max(nets.actions, 1))
+        most = math.log(nets.actions)
         return loss, {**told, "entropy_share": told["entropy"] / most if most else torch.zeros_like(told["entropy"])}
