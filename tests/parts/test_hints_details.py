@@ -14,7 +14,7 @@ from polopt.batch import Batch, Clock
 from polopt.errors import CallError
 from polopt.interfaces import Plan, Seen
 from polopt.part import Can
-from polopt.parts.sampler.hints import CONNECTOR, Hints
+from polopt.parts.sampler.hints import CONNECTOR, Hints, _replaced
 
 torch.set_num_threads(1)
 SOLUTIONS = {5: "abcdefgh", 6: "ijkl", 7: None, 8: "mnopqrst"}
@@ -100,6 +100,14 @@ def test_stages_that_reveal_nothing_are_passed_over() -> None:
     batch, asked = drive(PART.but(stages=(0.0, 0.05, 1.0)), wrong)
     assert asked[1:] == [[(5, 2, "abcdefgh"), (6, 2, "ijkl"), (8, 2, "mnopqrst")]]
     assert batch.row["hint"].tolist() == [0.0] * 2 + [1.0] * 6
+
+
+def test_where_all_are_asked_again_nothing_of_the_first_answers_is_left() -> None:
+    """Not even their length."""
+    long, short = (Batch.of(reward=torch.zeros(2), mask=torch.ones(2, t), group=[0, 0]) for t in (3, 1))
+    assert _replaced(long, [0], short) is short
+    both = Batch.of(reward=torch.zeros(3), mask=torch.ones(3, 3), group=[0, 1, 1])
+    assert _replaced(both, [1], short).shape == (3, 3)
 
 
 # -------------------------------------------------------------------- success

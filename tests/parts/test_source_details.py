@@ -121,7 +121,7 @@ def test_the_kept_batch_comes_with_the_verdict_on_what_followed() -> None:
     source, store, memory = Previous(window=1), dict[str, Batch](), Previous().initial()
     first, second = rows(0.0, 1.0, row={"length": means(3.0, 4.0)}), rows(2.5, 2.5, 2.5, 2.5)
     source({"policy": first}, store, memory)
-    assert set(source({"policy": first}, {}, {"means": means(0.5)})) == {"policy"}  # a verdict, but nothing is kept
+    assert set(source({"policy": first}, {}, {"means": means(0.25)})) == {"policy"}  # a verdict, but nothing is kept
     out = source({"policy": second, "other": first}, store, {"means": means(0.5)})
     assert set(out) == {"policy", "other", "previous"}
     assert out["other"] is first

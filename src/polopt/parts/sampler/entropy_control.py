@@ -117,7 +117,7 @@ def mixed(batch: Batch, control: Batch) -> Batch:
     one, none = flags.new_ones(s), flags.new_zeros(s)
     control = replace(control, row={**columns, **usual, "control": one, "replaced": none})
     rest = replace(rest, row={**rest.row, "control": torch.zeros_like(flags), "replaced": flags})
-    if control.source is not None and rest.source is None:  # a batch without the column is the policy's own
+    if rest.source is None:  # a batch without the column is the policy's own
         rest = replace(rest, source=torch.full_like(rest.mask, OWN, dtype=torch.long))
     joined = Batch.cat([control, rest])
     assert joined.group is not None
