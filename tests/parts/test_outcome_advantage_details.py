@@ -146,6 +146,16 @@ def test_one_earlier_sample_counts_as_one(beta: float, other: float, expected: f
     assert total.tolist() == [2.0, 0.0, 4.0]
 
 
+@pytest.mark.parametrize(
+    ("beta", "expected"), [(0.5, 0.5 * math.log((4 * math.exp(0.5) + math.exp(2)) / 5)), (math.inf, 0.4), (0.0, 1.0)]
+)
+def test_earlier_samples_count_as_many(beta: float, expected: float) -> None:
+    """Four of value 1/4, and one of 1, which is the best of them."""
+    old = torch.tensor([0.25], dtype=F64), torch.tensor([4.0], dtype=F64)
+    found, total = soft_value(torch.tensor([1.0], dtype=F64), torch.tensor([0]), beta, *old)
+    assert (float(found), float(total)) == (pytest.approx(expected), 5.0)
+
+
 def test_samples_are_rows_with_decisions() -> None:
     """Item 0: rewards 1 and 0, beta = 1/2 unless told; the empty row of item 1 is no sample, so nothing is known of it."""
     part = SoftValue()
