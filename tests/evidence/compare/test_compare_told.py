@@ -59,7 +59,7 @@ def test_a_metric_that_does_not_exist_ends_it_after_the_first_run(
     go: Go, tmp_path: Path, jobs: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(PoloptError) as error:
-        go(["a2c", "ppo"], metric="eval_scor", seeds=4, jobs=jobs, quiet=False)
+        go(["a2c", "ppo"], metric="eval_scor", seeds=4, jobs=jobs, quiet=False, page=True)
     told = str(error.value)
     assert error.value.exit_code == 1
     assert "there is no metric 'eval_scor' in the run of " in told
@@ -72,7 +72,7 @@ def test_a_metric_that_does_not_exist_ends_it_after_the_first_run(
     # what ran is kept: asked again nothing runs, and with a metric that exists it is used
     before = identity(tmp_path / "out/runs")
     with pytest.raises(PoloptError, match="there is no metric 'foo'"):
-        go(["a2c", "ppo"], metric="foo", seeds=4, jobs=jobs)
+        go(["a2c", "ppo"], metric="foo", seeds=4, jobs=jobs, page=True)
     assert identity(tmp_path / "out/runs") == before
     assert {r.status for r in go(["a2c", "ppo"], seeds=1).comparison.runs} == {"done"}
     after = identity(tmp_path / "out/runs")
@@ -80,7 +80,7 @@ def test_a_metric_that_does_not_exist_ends_it_after_the_first_run(
 
 
 def test_a_metric_that_one_contestant_has_is_no_reason_to_stop(go: Go) -> None:
-    found = go(["ppo", "reinforce"], metric="explained_variance", jobs=1).comparison
+    found = go(["ppo", "reinforce"], metric="explained_variance", jobs=1, page=True).comparison
     assert {(r.contestant, r.status) for r in found.runs} == {("ppo", "done"), ("reinforce", "failed")}
     assert found.of("reinforce")[0].error.startswith("no 'explained_variance' in metrics.jsonl")
 

@@ -105,7 +105,11 @@ def compare(
     quiet: bool = True,
     **asking: Any,
 ) -> Compared:
-    """Run what was asked for (see `polopt.compare` and `ask`): every contestant on every seed, side by side."""
+    """Run what was asked for (see `polopt.compare` and `ask`): every contestant on every seed, side by side.
+
+    Raises `PoloptError` once a run that ended shows that the metric does not exist. Without a page every run is carried out all the
+    same, and counts as failed: the caller reads the runs themselves.
+    """
     comparing = _begin(contestants, task, out, jobs, timeout, quiet, asking)
     if said := doubtful(comparing.asked.text, comparing.arms):
         warnings.warn(said, Note, stacklevel=2)
@@ -170,6 +174,7 @@ class _Comparing:
         domains = dict.fromkeys(a.resolved.task.domain for a in self.arms if a.resolved is not None)
         modules = [m for d in domains for m in modules_for(d)]
         scheduler = Scheduler(self.folder, self.slots, modules, _Silent(), timeout=self.timeout, lock=lock)
+        scheduler.metric_exists = not page  # or so it is taken: nobody looks
         self.save_plan()
         try:
             if self.asked.tune:
