@@ -334,7 +334,7 @@ def test_tuning_is_equal_and_is_not_done_twice(go: Go, tmp_path: Path, capsys: p
 
 # -------------------------------------------------------------------- cost
 def test_comparing_costs_little_beside_the_runs(go: Go, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a run adds to the comparison's own process, in CPU time: tens of milliseconds, whatever the run takes."""
+    """What a run adds to the comparison's own process, in CPU time: tens of milliseconds (0.006 s on a quiet machine), whatever it takes."""
     import time
 
     from polopt.evidence.compare.run import _Comparing
@@ -351,4 +351,4 @@ def test_comparing_costs_little_beside_the_runs(go: Go, monkeypatch: pytest.Monk
     monkeypatch.setattr(_Comparing, "run", timed)
     go(["ppo"], seeds=1)  # imports
     go(["ppo"], seeds=12, quiet=False)
-    assert spent[1] / 11 < 0.03
+    assert spent[1] / 11 < 0.06
