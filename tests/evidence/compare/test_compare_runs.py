@@ -334,7 +334,7 @@ def test_tuning_is_equal_and_is_not_done_twice(go: Go, tmp_path: Path, capsys: p
 
 # -------------------------------------------------------------------- cost
 def test_comparing_costs_little_beside_the_runs(go: Go, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a run adds to the comparison's own process, in CPU time: tens of milliseconds (0.006 s on a quiet machine), whatever it takes."""
+    """What a run adds to the comparison's own process, in CPU time: tens of milliseconds (6 ms on a quiet machine)."""
     import time
 
     from polopt.evidence.compare.run import _Comparing
