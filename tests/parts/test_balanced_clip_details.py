@@ -11,6 +11,7 @@ from torch import Tensor
 
 from polopt.batch import Batch
 from polopt.errors import CallError
+from polopt.part import make_part
 from polopt.parts.surrogate.balanced_clip import BalancedClip, stairs
 
 F64 = torch.float64
@@ -110,6 +111,7 @@ def test_cut_is_strict_and_leaves_decisions_without_advantage() -> None:
     assert cut(BalancedClip(), 1.0) == [False, False, False, False, True]
     assert cut(BalancedClip(), -1.0) == [True, False, False, False, False]
     assert cut(BalancedClip(dual=3.0), -1.0) == [True, False, False, False, True]
+    assert cut(BalancedClip(dual=float(log[0, 3].exp())), -1.0) == [True, False, False, False, True]  # a ratio of 2 is at the bound
     assert cut(BalancedClip(dual=3.0), 1.0) == [False, False, False, False, True]
     assert cut(BalancedClip(dual=3.0), 0.0) == cut(BalancedClip(), 0.0) == [False] * 5
 
@@ -142,3 +144,11 @@ def test_the_settings_of_the_paper_and_what_is_declared() -> None:
     assert part.unit_slope
     assert len(part.path()) == 1 + 36 + 15
     assert part.needs == {"logp@now", "logp@old"}
+
+
+def test_the_settings_of_the_released_script() -> None:
+    part = make_part("surrogate", "balanced-clip-code")
+    assert isinstance(part, BalancedClip)
+    assert (part.low_start, part.low_max, part.low_step) == (0.8, 0.95, 0.05)
+    assert (part.high_start, part.high_max, part.high_step) == (1.2, 2.0, 0.05)
+    assert (part.target, part.form, part.contribution, part.dual) == (0.5, "code", "value", 3.0)
